@@ -40,7 +40,7 @@ FEATURES: dict[str, Callable[[Config, str | None], bool]] = {
         part.rows or part.columns or part.template for part in config.data.mix or ()
     ),
     "truncation_side": lambda config, device: config.data.truncation_side != "right",
-    "learned tokenizer": lambda config, device: config.tokenizer.kind in ("bpe", "char"),
+    "learned tokenizer": lambda config, device: config.tokenizer.kind in ("bpe", "unigram", "char"),
     "duration of positions": lambda config, device: (
         config.training.duration is not None
         and settings.duration.budget_of(config).unit in ("tokens", "tokens_per_parameter", "flops")

@@ -101,7 +101,7 @@ def prepare_tokenizer(
         config: the settings.
         resume: the checkpoint to continue from, if any.
         initial: the model of training.init_from, if any.
-        learn: the stage's function that learns a tokenizer of kind bpe or char.
+        learn: the stage's function that learns a tokenizer of kind bpe, unigram or char.
 
     Raises:
         UserError: the tokenizer does not fit the model, or cannot encode training.sample_prompt.
@@ -133,7 +133,7 @@ def prepare_tokenizer(
 def _was_learned(config: Config) -> bool:
     """Whether a checkpoint's tokenizer was learned, or came with the initial model."""
     settings = config.tokenizer
-    learned = settings.kind == "bpe" or settings.learn_docs is not None
+    learned = settings.kind in ("bpe", "unigram") or settings.learn_docs is not None
     return learned or config.training.init_from is not None
 
 

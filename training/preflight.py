@@ -81,7 +81,7 @@ class Preflight:
             UserError: the tokenizer cannot be loaded.
         """
         vocab_size = self.config.model.vocab_size
-        if vocab_size is None and self.config.tokenizer.kind == "bpe":
+        if vocab_size is None and self.config.tokenizer.kind in ("bpe", "unigram"):
             vocab_size = self.config.tokenizer.vocab_size
         if vocab_size is not None:
             return with_settings(self.config, {"model.vocab_size": vocab_size})

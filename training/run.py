@@ -62,7 +62,7 @@ class Stage:
     find_data: Callable[[Config], None]
     """called first: raises a UserError if data that a setting names are not there"""
     learn_tokenizer: Callable[[Config], Tokenizer]
-    """a tokenizer of kind bpe or char, learned from the training data of the settings"""
+    """a tokenizer of kind bpe, unigram or char, learned from the training data of the settings"""
     open_data: Callable[[RunContext, Tokenizer], RunData]
     """the data module, prepared; logs what it contains"""
     build_module: Callable[

@@ -1,6 +1,6 @@
-"""A tokenizer of kind bpe or char, learned from the training text of a run.
+"""A tokenizer of kind bpe, unigram or char, learned from the training text of a run.
 
-BPE takes most of the time of a small run, so what it learned is kept in data.cache_dir, in a folder
+BPE and Unigram take most of the time of a small run, so what it learned is kept in data.cache_dir, in a folder
 whose name depends on everything that the result depends on.
 """
 
@@ -24,11 +24,12 @@ from tinylm.text.sources import Split, TextSource
 from tinylm.tokenizer.added import add_special_tokens
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe_fast import learn_bpe
-from tinylm.tokenizer.bpe_files import Bpe, check_request
+from tinylm.tokenizer.bpe_files import LearnedVocabulary, check_request
 from tinylm.tokenizer.byte_char import CharTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import SPECIAL_TOKENS, Pretokenizer
+from tinylm.tokenizer.unigram import learn_unigram
 
 # Part of the names of cached folders: raise it when the same text would give other merges.
 VERSION = 1
@@ -37,7 +38,7 @@ VERSION = 1
 def learn_from_documents(
     config: TokenizerConfig, data: DataConfig, seed: int, *, on_progress: OnProgress | None = None
 ) -> Tokenizer:
-    """A tokenizer learned from the training documents of a run; BPE only once for the same text.
+    """A tokenizer learned from the training documents of a run, once for the same text but for char.
 
     In a mixture these are the documents of all sources, whatever their weights.
 
@@ -55,14 +56,14 @@ def learn_from_documents(
         )
     if config.kind == "char":
         return learn_from_texts(config, split.documents())
-    return _cached_bpe(config, data, split, on_progress)
+    return _cached(config, data, split, on_progress)
 
 
-def _cached_bpe(
+def _cached(
     config: TokenizerConfig, data: DataConfig, split: Split, on_progress: OnProgress | None
 ) -> HFTokenizer:
-    """The BPE tokenizer of a split, learned unless data.cache_dir has it."""
-    assert config.vocab_size is not None  # TokenizerConfig requires it for bpe
+    """The tokenizer of a split, learned unless data.cache_dir has it."""
+    assert config.vocab_size is not None  # TokenizerConfig requires it
     pretokenizer = pretokenizer_of(config)
     check_request(config.vocab_size, pretokenizer)
     text = [
@@ -76,7 +77,7 @@ def _cached_bpe(
     words = [pretokenizer.expression, pretokenizer.special_tokens]
     depends_on = [VERSION, text, config.vocab_size, *words]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
-    folder = Path(data.cache_dir) / f"bpe-{key}"
+    folder = Path(data.cache_dir) / f"{config.kind}-{key}"
 
     def make(temporary: Path) -> None:
         _learn(config, split.documents(), os.cpu_count() or 1, on_progress).write_files(temporary)
@@ -95,8 +96,8 @@ def learn_from_texts(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer
         texts = islice(texts, config.learn_docs)
         tokenizer = CharTokenizer.of_documents(texts, unknown=config.unknown)
         return add_special_tokens(tokenizer, config.special_tokens)
-    bpe = _learn(config, texts)
-    return HFTokenizer(bpe.backend(), eos=bpe.eos, pad=bpe.pad)
+    learned = _learn(config, texts)
+    return HFTokenizer(learned.backend(), eos=learned.eos, pad=learned.pad)
 
 
 def _learn(
@@ -104,19 +105,22 @@ def _learn(
     texts: Iterable[str],
     processes: int = 1,
     on_progress: OnProgress | None = None,
-) -> Bpe:
+) -> LearnedVocabulary:
     assert config.vocab_size is not None
+    texts, pretokenizer = islice(texts, config.learn_docs), pretokenizer_of(config)
+    if config.kind == "unigram":
+        return learn_unigram(texts, config.vocab_size, pretokenizer)
     return learn_bpe(
-        text_chunks(islice(texts, config.learn_docs)),
+        text_chunks(texts),
         config.vocab_size,
-        pretokenizer_of(config),
+        pretokenizer,
         processes=processes,
         on_progress=on_progress,
     )
 
 
 def pretokenizer_of(config: TokenizerConfig) -> Pretokenizer:
-    """How BPE of these settings splits texts into words."""
+    """How BPE or Unigram of these settings splits texts into words."""
     more = [name for name in config.special_tokens if name not in SPECIAL_TOKENS]
     return Pretokenizer(config.pattern or "gpt2", (*SPECIAL_TOKENS, *more))
 

@@ -502,11 +502,11 @@ def test_other_tags_are_rejected(tag):
         ),
         (
             "tokenizer: {vocab_size: 300}",
-            "1: tokenizer.vocab_size: only valid for kind bpe (kind is byte). Remove it, or set tokenizer.kind=bpe.",
+            "1: tokenizer.vocab_size: only valid for kind bpe or unigram (kind is byte). Remove it, or set tokenizer.kind=bpe.",
         ),
         (
             "tokenizer: {pattern: gpt4}",
-            "1: tokenizer.pattern: only valid for kind bpe (kind is byte). Remove it, or set tokenizer.kind=bpe.",
+            "1: tokenizer.pattern: only valid for kind bpe or unigram (kind is byte). Remove it, or set tokenizer.kind=bpe.",
         ),
         (
             "tokenizer: {kind: bpe, vocab_size: 300, pattern: gpt5}",
@@ -516,7 +516,7 @@ def test_other_tags_are_rejected(tag):
         ),
         (
             "tokenizer: {learn_docs: 3}",
-            "1: tokenizer.learn_docs: only valid for kind bpe or char (kind is byte). Remove it, or "
+            "1: tokenizer.learn_docs: only valid for kind bpe, unigram or char (kind is byte). Remove it, or "
             "set tokenizer.kind=bpe.",
         ),
         (

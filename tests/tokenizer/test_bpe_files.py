@@ -13,12 +13,13 @@ from tokenizers import Tokenizer as Backend
 from tinylm.common.errors import UserError
 from tinylm.text.documents import text_chunks
 from tinylm.tokenizer.bpe_fast import learn_bpe
-from tinylm.tokenizer.bpe_files import FILES, Bpe
+from tinylm.tokenizer.bpe_files import Bpe
 from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
 
 EOT = "<|endoftext|>"
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json")
 
 
 # Up to three words as one, digits apart; what it does not match is a word of its own.

@@ -103,10 +103,12 @@ def _not_with(other: str, key: str, default: object) -> Rule:
 
 def _only_for(name: str, *kinds: str, default: object = None) -> Rule:
     """The tokenizer's setting `name` is only valid for some kinds."""
+    *others, last = kinds
+    listed = f"{', '.join(others)} or {last}" if others else last
     return Rule(
         (name, "kind"),
         lambda tokenizer: tokenizer.kind not in kinds and getattr(tokenizer, name) != default,
-        f"only valid for kind {' or '.join(kinds)} (kind is {{kind}})",
+        f"only valid for kind {listed} (kind is {{kind}})",
         f"Remove it, or set tokenizer.kind={kinds[0]}",
     )
 
@@ -122,19 +124,19 @@ TOKENIZER = (
     _only_for("unknown", "char", default="error"),
     Rule(
         ("vocab_size", "kind"),
-        lambda tokenizer: tokenizer.kind == "bpe" and tokenizer.vocab_size is None,
-        "required for kind bpe",
+        lambda tokenizer: tokenizer.kind in ("bpe", "unigram") and tokenizer.vocab_size is None,
+        "required for kind {kind}",
         "Set it, for example tokenizer.vocab_size=4096",
     ),
-    _only_for("vocab_size", "bpe"),
-    _only_for("pattern", "bpe"),
+    _only_for("vocab_size", "bpe", "unigram"),
+    _only_for("pattern", "bpe", "unigram"),
     Rule(
         ("pattern",),
         lambda tokenizer: split_pattern.pattern_problem(tokenizer.pattern),
         "{found}",
         split_pattern.FIX,
     ),
-    _only_for("learn_docs", "bpe", "char"),
+    _only_for("learn_docs", "bpe", "unigram", "char"),
     Rule(
         ("learn_docs", "unknown"),
         lambda tokenizer: (

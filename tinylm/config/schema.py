@@ -170,20 +170,20 @@ class TokenizerConfig(Section):
 
     rules: ClassVar = rules.TOKENIZER
 
-    kind: Literal["byte", "char", "bpe", "hf"] = "byte"
-    """byte: 256 bytes, 4 special tokens; char, bpe: trained on the training split; hf: at `path`"""
+    kind: Literal["byte", "char", "bpe", "unigram", "hf"] = "byte"
+    """byte: 256 bytes, 4 special tokens; char, bpe, unigram: trained on the training split; hf: at `path`"""
     path: PathName | None = None
     """hf: a Hugging Face name or a folder; on the command line it replaces the whole section"""
     unknown: Literal["error", "unk"] = "error"
     """char: a character outside the vocabulary is an error, or becomes the token <|unk|>"""
     vocab_size: Annotated[Count, Field(ge=258, le=1_000_000)] | None = None
-    """bpe: number of tokens with 256 bytes and the special ones; fewer if the text has few words"""
+    """bpe, unigram: number of tokens with 256 bytes and the special ones; fewer if the text has few words"""
     pattern: Name | None = None
-    """bpe: the words that merges stay within: gpt2, gpt4, qwen2 (digits apart) or a regular expression; null: gpt2"""
+    """bpe, unigram: words that tokens stay within: gpt2, gpt4, qwen2 or a regular expression; null: gpt2"""
     special_tokens: tuple[Name, ...] = ()
     """added after the tokenizer's own; with init_from the model grows: <|im_start|> and <|im_end|> for chatml"""
     learn_docs: Count | None = None
-    """char, bpe: train on at most this many documents, which a stream requires; null: all"""
+    """char, bpe, unigram: train on at most this many documents, which a stream requires; null: all"""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,11 +1,13 @@
-"""A learned BPE vocabulary: its ids, its files, and the requests for one that are refused.
+"""A learned vocabulary: its ids, its files, and the requests for one that are refused.
 
-Ids are the 256 bytes, then one per merge, then the special tokens. The files are GPT-2's vocab.json
+`LearnedVocabulary` is what BPE and Unigram (unigram.py) share. The ids of BPE are the 256 bytes, then
+one per merge, then the special tokens. Its files are GPT-2's vocab.json
 and merges.txt, and the tokenizer.json and tokenizer_config.json of Hugging Face; hf_files.py reads
 them. Knows nothing of learning (bpe_fast.py).
 """
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,21 +22,32 @@ from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer, gpt2_form
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+    from tokenizers.models import Model
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 WELL_KNOWN_PAD = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
-FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json")
 
 
-@dataclass(frozen=True)
-class Bpe:
-    """The merges in the order they were learned, and how texts were split into words."""
+class LearnedVocabulary(ABC):
+    """Tokens that were learned from words of bytes: their ids, in their order, then the special tokens."""
 
-    merges: tuple[tuple[bytes, bytes], ...]
     pretokenizer: Pretokenizer
+
+    @abstractmethod
+    def tokens(self) -> list[str]:
+        """The tokens in GPT-2's visible form, in the order of their ids, without the special ones."""
+
+    @abstractmethod
+    def model(self) -> "Model":
+        """The model of the `tokenizers` library."""
+
+    def more_files(self) -> dict[str, str]:
+        """Files beside tokenizer.json and tokenizer_config.json, and their texts."""
+        return {}
 
     @property
     def vocab_size(self) -> int:
-        return smallest_vocabulary(self.pretokenizer) + len(self.merges)
+        return len(self.tokens()) + len(self.pretokenizer.special_tokens)
 
     @property
     def eos(self) -> str:
@@ -54,9 +67,7 @@ class Bpe:
         Raises:
             UserError: a special token is written like another token.
         """
-        tokens = [bytes([byte]) for byte in range(256)]
-        tokens += [left + right for left, right in self.merges]
-        ids = {gpt2_form(token): id for id, token in enumerate(tokens)}
+        ids = {token: id for id, token in enumerate(self.tokens())}
         for name in self.pretokenizer.special_tokens:
             if name in ids:
                 raise UserError(
@@ -69,23 +80,18 @@ class Bpe:
 
     def backend(self) -> "Backend":
         """The same tokenizer in the `tokenizers` library."""
-        from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders
 
-        merges = [(gpt2_form(left), gpt2_form(right)) for left, right in self.merges]
-        backend = Backend(models.BPE(self.vocabulary(), merges))
-        if self.pretokenizer.expression == PATTERNS["gpt2"]:
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        else:
-            words = pre_tokenizers.Split(Regex(self.pretokenizer.expression), "isolated")
-            as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+        self.vocabulary()  # no special token is another token
+        backend = Backend(self.model())
+        backend.pre_tokenizer = word_splitter(self.pretokenizer)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(list(self.pretokenizer.special_tokens))
         return backend
 
     def save(self, folder: Path, setting: str = "the output folder") -> None:
-        """Write `FILES` into the new folder `folder`, all or none;
+        """Write the files into the new folder `folder`, all or none;
         `load_hf_tokenizer` and AutoTokenizer read them.
 
         Raises:
@@ -95,7 +101,7 @@ class Bpe:
             self.write_files(temporary)
 
     def write_files(self, folder: Path) -> None:
-        """Create `folder` and write `FILES` into it."""
+        """Create `folder` and write the files into it."""
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eos,
@@ -103,16 +109,50 @@ class Bpe:
         }
         if self.pad:
             settings["pad_token"] = self.pad
-        merges = [f"{gpt2_form(left)} {gpt2_form(right)}\n" for left, right in self.merges]
-        texts = (
-            json.dumps(self.vocabulary(), ensure_ascii=False),
-            "".join(["#version: 0.2\n", *merges]),
-            json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
-            self.backend().to_str(pretty=True),
-        )
+        texts = self.more_files() | {
+            "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
+            "tokenizer.json": self.backend().to_str(pretty=True),
+        }
         folder.mkdir()
-        for name, text in zip(FILES, texts, strict=True):
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+@dataclass(frozen=True)
+class Bpe(LearnedVocabulary):
+    """The merges in the order they were learned, and how texts were split into words."""
+
+    merges: tuple[tuple[bytes, bytes], ...]
+    pretokenizer: Pretokenizer
+
+    def tokens(self) -> list[str]:
+        tokens = [bytes([byte]) for byte in range(256)]
+        tokens += [left + right for left, right in self.merges]
+        return [gpt2_form(token) for token in tokens]
+
+    def model(self) -> "Model":
+        from tokenizers import models
+
+        merges = [(gpt2_form(left), gpt2_form(right)) for left, right in self.merges]
+        return models.BPE(self.vocabulary(), merges)
+
+    def more_files(self) -> dict[str, str]:
+        merges = [f"{gpt2_form(left)} {gpt2_form(right)}\n" for left, right in self.merges]
+        return {
+            "vocab.json": json.dumps(self.vocabulary(), ensure_ascii=False),
+            "merges.txt": "".join(["#version: 0.2\n", *merges]),
+        }
+
+
+def word_splitter(pretokenizer: Pretokenizer) -> "PreTokenizer":
+    """How the `tokenizers` library splits a text into words, and these into bytes."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if pretokenizer.expression == PATTERNS["gpt2"]:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(pretokenizer.expression), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, as_bytes])
 
 
 def smallest_vocabulary(pretokenizer: Pretokenizer) -> int:

@@ -89,6 +89,11 @@ class Pretokenizer:
         """The regular expression whose matches are the words."""
         return PATTERNS.get(self.pattern, self.pattern)
 
+    def stretches(self, text: str) -> list[str]:
+        """The text between special tokens."""
+        _, special = _compile(self)
+        return special.split(text) if special else [text]
+
     def split(self, text: str) -> list[str]:
         """The words of a text, in order; without special tokens. If special tokens overlap,
         the longest one counts. What a regular expression does not match is a word too.
@@ -99,9 +104,9 @@ class Pretokenizer:
         Raises:
             UserError: a regular expression takes too long.
         """
-        word, special = _compile(self)
+        word, _ = _compile(self)
         words: list[str] = []
-        for stretch in special.split(text) if special else [text]:
+        for stretch in self.stretches(text):
             if self.pattern in PATTERNS:  # whose matches leave nothing between them
                 words += word.findall(stretch)
             else:

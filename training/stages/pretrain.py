@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def learn_tokenizer(config: Config) -> Tokenizer:
-    """A tokenizer of kind bpe or char, learned from the training documents."""
+    """A tokenizer of kind bpe, unigram or char, learned from the training documents."""
     settings = config.tokenizer
     with progress_bar() as on_progress:
         tokenizer = training.tokenizer.learn_from_documents(
@@ -35,7 +35,10 @@ def learn_tokenizer(config: Config) -> Tokenizer:
         )
     if settings.vocab_size is not None and tokenizer.vocab_size < settings.vocab_size:
         found = f"{tokenizer.vocab_size} tokens, not {settings.vocab_size}"
-        logger.info(f"tokenizer: {found}: every word of this text already is one token")
+        reason = "every word of this text already is one token"
+        if settings.kind == "unigram":
+            reason = "this text has no more substrings that are frequent enough"
+        logger.info(f"tokenizer: {found}: {reason}")
     return tokenizer
 
 

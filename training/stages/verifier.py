@@ -202,7 +202,7 @@ class VerifierModule(TrainingModule):
 
 
 def learn_verifier_tokenizer(config: Config) -> Tokenizer:
-    """A tokenizer of kind bpe or char, learned from the training problems."""
+    """A tokenizer of kind bpe, unigram or char, learned from the training problems."""
 
     def texts() -> Iterator[str]:
         for problem in problems_of(config, "train"):

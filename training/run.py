@@ -49,6 +49,7 @@ from training.resume import (
 if TYPE_CHECKING:
     from tinylm.checkpoint.initial import InitialModel
     from training.loggers import RunLogger
+    from training.task_scores import TaskScores
 
 logger = logging.getLogger(__name__)
 
@@ -169,14 +170,10 @@ def fit(
     checkpoints = Checkpoints(
         context.checkpoint_dir, data.tokenizer, fingerprints, context.hold, context.settled
     )
-    has_tasks = config.training.eval_tasks is not None or config.training.best_by != "val_loss"
-    tasks = training.task_scores.open_tasks(module, data.tokenizer) if has_tasks else None
+    tasks = open_tasks(stage, module, data, warn=resume is None)
     is_new = resume is None or not resume.is_in(context.checkpoint_dir)
     metrics_file, loggers = None, []
     if rank_zero_only.rank == 0:
-        if tasks is not None and resume is None:
-            for note in training.task_overlap.notes_on_tasks(config, stage.name, tasks, data):
-                logger.info(note)
         metrics_file = open_metrics(context, module, tasks.columns if tasks else (), is_new=is_new)
         if config.training.loggers:
             loggers = start_loggers(module, checkpoints, record, None if is_new else resume)
@@ -209,6 +206,20 @@ def fit(
     code = finish(stage, module, checkpoints, resume, signals, step_end.is_over, seconds)
     close_record(record, stage, config, context.checkpoint_dir / FINAL, code)
     return code
+
+
+def open_tasks(
+    stage: Stage, module: TrainingModule, data: RunData, *, warn: bool
+) -> TaskScores | None:
+    """The tasks that validations score; with a warning for those whose rows the run trains on."""
+    config = module.config
+    if config.training.eval_tasks is None and config.training.best_by == "val_loss":
+        return None
+    tasks = training.task_scores.open_tasks(module, data.tokenizer)
+    if warn and rank_zero_only.rank == 0:
+        for note in training.task_overlap.notes_on_tasks(config, stage.name, tasks, data):
+            logger.info(note)
+    return tasks
 
 
 def close_record(record: RunRecord, stage: Stage, config: Config, final: Path, code: int) -> None:

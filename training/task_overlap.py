@@ -1,9 +1,9 @@
 """Rows of training.eval_tasks that a run trains on, found before the first step.
 
-    rows of a task ─▶ their runs of 13 words ─▶ sought in the training documents ─▶ a warning for each task
+    rows of a task ─▶ their runs of 13 words ─▶ searched for in the training documents ─▶ a warning for each task
 
 The comparison is that of `data clean --against` (tinylm/text/contamination.py). Bounded: documents of
-2^22 tokens together are looked at, evenly chosen, which takes some seconds of one core; memory is 16
+at most 2^22 tokens together are read, evenly chosen, which takes some seconds of one core; memory is 16
 bytes for each word of the rows. The rows that a run holds out are compared by its stage.
 """
 
@@ -51,40 +51,47 @@ def notes_on_tasks(config: Config, stage: str, scores: TaskScores, data: RunData
         if source not in (VALIDATION, SMOKE):
             found[name] = FoundRows(ngram_index(evaluation_texts(examples)))
             n_rows[name] = len(examples)
-    every = find_rows(found, data) if found else 1
+    read = read_part(*find_rows(found, data)) if found else ""
     notes = []
     for name, task in found.items():
         if task.example is None:
             continue
-        looked_at = "" if every == 1 else f" (1 of {every} documents was looked at)"
+        n_short = n_rows[name] - len({*task.index.names})
+        short = f" ({n_short:,} too short to compare)" if n_short else ""
         notes.append(
-            f"warning: {len(task.rows)} of {n_rows[name]} rows of training.eval_tasks.{name} are in "
-            f"the training text{looked_at}, for example {task.example.row} in {task.location}: "
+            f"warning: {len(task.rows)} of {n_rows[name]} rows{short} of training.eval_tasks.{name} are in "
+            f"the training text{read}, for example {task.example.row} in {task.location}: "
             f'"{task.example.words}"; scores look better than they are. {fix_of(config, stage, name)}'
         )
     return notes
 
 
-def find_rows(found: dict[str, FoundRows], data: RunData) -> int:
-    """Search the training documents for the rows of each task; of how many documents one was
-    looked at.
+def find_rows(found: dict[str, FoundRows], data: RunData) -> tuple[int, bool]:
+    """Search the training documents for the rows of each task. Returns n: every n-th document was
+    read; and whether a single document was, and only its first MOST_TOKENS.
     """
     tokenizer = data.tokenizer
     token_bytes = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
-    left = MOST_TOKENS
-    every, documents = data.sampled_documents(MOST_TOKENS)
+    sample_interval, documents = data.sampled_documents(MOST_TOKENS)
+    is_cut = False
     for location, ids in documents:
-        text = b"".join([token_bytes[id] for id in ids[:left].tolist()]).decode("utf-8", "replace")
+        is_cut |= len(ids) > MOST_TOKENS
+        ids = ids[:MOST_TOKENS]
+        text = b"".join([token_bytes[id] for id in ids.tolist()]).decode("utf-8", "replace")
         words = words_of(text)
         hashes = word_hashes(words)
         for task in found.values():
             task.rows |= task.index.rows_in(hashes)
             if task.rows and task.example is None:
                 task.example, task.location = task.index.find(words, hashes), location
-        left -= len(ids)
-        if left <= 0:
-            break
-    return every
+    return sample_interval, is_cut
+
+
+def read_part(sample_interval: int, is_cut: bool) -> str:
+    """Which part of the training text was read, for the warning; "": all."""
+    if is_cut:
+        return f" (only the first {MOST_TOKENS:,} tokens of one document were read)"
+    return "" if sample_interval == 1 else f" (1 of {sample_interval} documents was read)"
 
 
 def fix_of(config: Config, stage: str, name: str) -> str:

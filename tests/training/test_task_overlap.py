@@ -14,9 +14,13 @@ import finetune
 import train
 from data import PretrainData
 from tinylm.__main__ import main as run_command
+from tinylm.cli import data_clean
+from tinylm.cli.program import Parser
 from tinylm.config.loader import load_config
 from tinylm.eval.tasks.data import evaluation_texts
 from tinylm.eval.tasks.table import EVALUATED_TASKS
+from tinylm.eval.tasks.task import TaskExample
+from tinylm.rows.conversation import Turn
 from tinylm.text.contamination import ngram_index
 from tinylm.text.shingles import word_hashes, words_of
 from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -84,9 +88,9 @@ def test_the_warning_names_the_command_that_removes_the_rows(
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "eval_tasks" in line]
     said, command = warning.split(" To remove them: python -m tinylm ")
     assert said == (
-        f"warning: 2 of 3 rows of training.eval_tasks.gsm8k are in the training text, for example "
-        f'{rows}:1 in {text}: "natalia sold clips to 48 of her friends in april and half as"; scores '
-        "look better than they are."
+        "warning: 2 of 3 rows (1 too short to compare) of training.eval_tasks.gsm8k are in the training "
+        f'text, for example {rows}:1 in {text}: "natalia sold clips to 48 of her friends in april and half '
+        'as"; scores look better than they are.'
     )
     assert run_command(shlex.split(command)) == 0
     cleaned = f"data.dataset={tmp_path / 'clean.jsonl'}"
@@ -107,7 +111,7 @@ def test_text_of_a_row_without_the_runs_of_a_row_has_no_warning(
     assert notes_of(config_of(make_config, text, rows, val_dataset=val)) == []
 
 
-def test_of_a_long_text_evenly_chosen_documents_are_looked_at(
+def test_of_a_long_text_evenly_chosen_documents_are_read(
     make_config: Make, rows: Path, write: Any, monkeypatch: Any
 ) -> None:
     """Every document is the row: of 100 documents each third is 34, and the last of them is seen."""
@@ -117,8 +121,21 @@ def test_of_a_long_text_evenly_chosen_documents_are_looked_at(
     seen = []
     monkeypatch.setattr(task_overlap, "words_of", lambda text: seen.append(text) or words_of(text))
     (note,) = notes_of(config)
-    assert "1 of 3 rows" in note and "(1 of 3 documents was looked at)" in note
+    assert "1 of 3 rows (1 too short to compare)" in note
+    assert "(1 of 3 documents was read)" in note
     assert seen == [QUESTIONS[0]] * 34
+
+
+def test_one_long_document_is_read_up_to_the_limit_and_the_warning_says_so(
+    make_config: Make, rows: Path, write: Any, monkeypatch: Any
+) -> None:
+    """The first row is within the limit, the second after it."""
+    text = write("a.txt", f"{QUESTIONS[0]} {QUESTIONS[1]}\n")
+    config = config_of(make_config, text, rows, val_dataset=str(write("val.txt", "validation\n")))
+    monkeypatch.setattr(task_overlap, "MOST_TOKENS", len(QUESTIONS[0]))
+    (note,) = notes_of(config)
+    read = f"(only the first {len(QUESTIONS[0])} tokens of one document were read)"
+    assert "1 of 3 rows" in note and read in note
 
 
 def test_rows_of_fine_tuning_are_named_and_a_common_instruction_is_no_row(
@@ -145,9 +162,10 @@ def test_rows_of_fine_tuning_are_named_and_a_common_instruction_is_no_row(
     assert finetune.main(["--config", str(config)]) == 0
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "eval_tasks" in line]
     assert warning == (
-        f"warning: 1 of 2 rows of training.eval_tasks.sst2 are in the training text, for example {test}:2 "
-        f'in {file.with_name("train.jsonl")}:3: "{" ".join(review.split()[:13])}"; scores look better than '
-        f"they are. Remove such rows from {file.with_name('train.jsonl')}"
+        "warning: 1 of 2 rows (1 too short to compare) of training.eval_tasks.sst2 are in the training "
+        f"text, for example {test}:2 in {file.with_name('train.jsonl')}:3: "
+        f'"{" ".join(review.split()[:13])}"; scores look better than they are. '
+        f"Remove such rows from {file.with_name('train.jsonl')}"
     )
 
 
@@ -190,7 +208,17 @@ def test_the_command_has_the_flags_of_the_settings(
 ) -> None:
     config = load_config(config_of(make_config, Path(dataset), rows, **data), [])
     expected = f"To remove them: python -m tinylm data clean {command.format(rows=rows)}"
-    assert task_overlap.fix_of(config, "pretrain", "gsm8k") == expected
+    fix = task_overlap.fix_of(config, "pretrain", "gsm8k")
+    assert fix == expected
+    parser = Parser()
+    data_clean.add_arguments(parser)
+    words = shlex.split(fix.removeprefix("To remove them: python -m tinylm data clean"))
+    parsed = parser.parse_args(words)
+    assert len(parsed.data) == 1
+    assert parsed.against == [f"gsm8k={rows}"]
+    assert parsed.out == Path("clean.jsonl")
+    assert parsed.text_field == config.data.text_field
+    assert parsed.separator == config.data.document_separator
 
 
 words = st.lists(st.sampled_from("abc"), min_size=8, max_size=20).map(" ".join)
@@ -233,3 +261,25 @@ def test_what_all_rows_of_a_task_have_is_no_text_of_a_row() -> None:
         ("2", "sum 2"),
     ]
     assert list(evaluation_texts(examples[:1]))[0] == ("1", "Summarize this dialogue.")
+
+
+def test_a_short_question_is_also_compared_joined_with_its_input() -> None:
+    """5 and 6 words are 11 joined; two parts of 8 words each are not joined."""
+    asked = [
+        Turn("user", f"Translate this number {n} please", f"one two three four five {n}")
+        for n in (1, 2)
+    ]
+    examples = [TaskExample(f"{n}", turn, f"done {n}") for n, turn in enumerate(asked, start=1)]
+    assert list(evaluation_texts(examples))[:4] == [
+        ("1", "Translate this number 1 please"),
+        ("1", "one two three four five 1"),
+        ("1", "done 1"),
+        ("1", "Translate this number 1 please\none two three four five 1"),
+    ]
+    index = ngram_index(evaluation_texts(examples))
+    assert index.names == ["1", "2"]
+    asked = [
+        Turn("user", f"the eight words of question {n} are enough", f"a {n} " * 4) for n in (1, 2)
+    ]
+    examples = [TaskExample(f"{n}", turn, "") for n, turn in enumerate(asked, start=1)]
+    assert len(list(evaluation_texts(examples))) == 4

@@ -24,6 +24,8 @@ from tinylm.rows.row_files import (
 )
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.verifier_data import Problem, read_problems
+from tinylm.text.contamination import LEAST_WORDS
+from tinylm.text.shingles import words_of
 from tinylm.text.sources import Which, list_kinds
 
 # --- for fine-tuning ---
@@ -89,15 +91,19 @@ def built_in_rows(task: Task) -> list[LocatedRow]:
 def evaluation_texts(examples: Iterable[TaskExample]) -> Iterator[tuple[str, str]]:
     """The texts of examples that no training document may contain, each with where its row is.
 
-    What all rows have, such as `Summarize this dialogue.`, says nothing about one of them.
+    What all rows have, such as `Summarize this dialogue.`, says nothing about one of them. Question and
+    input are also compared joined if one of them is too short to be compared alone.
     """
     examples = list(examples)
     parts = [(one.question.text, one.question.input, one.target) for one in examples]
     n_rows = Counter(text for texts in parts for text in {*texts})
     for example, texts in zip(examples, parts, strict=True):
-        for text in texts:
-            if text and (n_rows[text] == 1 or n_rows[text] < len(examples)):
-                yield example.location, text
+        own = [text if n_rows[text] == 1 or n_rows[text] < len(examples) else "" for text in texts]
+        for text in filter(None, own):
+            yield example.location, text
+        asked = [text for text in own[:2] if text]
+        if len(asked) == 2 and any(len(words_of(text)) < LEAST_WORDS for text in asked):
+            yield example.location, "\n".join(asked)
 
 
 @dataclass(frozen=True)

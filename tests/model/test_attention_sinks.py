@@ -84,6 +84,29 @@ def test_without_first_tokens_it_is_a_sliding_window_across_blocks_too():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [1000, 9])
+@pytest.mark.parametrize("n_first", [0, 2])
+def test_a_layer_with_a_smaller_window_keeps_it(window, n_first):
+    """One layer of window 5: without first tokens it is the model itself; 20 more seen would differ."""
+    model, ids = make(sliding_window=5), some_ids(25)
+    got = with_attention_sinks(model, window=window, n_first=n_first)(ids)
+    expected = with_attention_sinks(make(), window=5, n_first=n_first)(ids)
+    torch.testing.assert_close(got, expected)
+    if n_first == 0:
+        torch.testing.assert_close(got, model(ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_of_two_kinds_keep_their_windows_and_their_rotations():
+    """The text is longer than the local window of 5 and shorter than the other: nothing is dropped."""
+    mixed = LAYERS_OF_TWO_KINDS | {"sliding_window": 5}
+    model, ids = make(n_layers=3, **mixed), some_ids(25)
+    streaming = with_attention_sinks(model, window=1000, n_first=0)
+    torch.testing.assert_close(streaming(ids), model(ids), rtol=1e-4, atol=1e-4)
+    assert [kind.rope_theta for kind in streaming.kinds] == [50.0, 10000.0]
+
+
+@torch.no_grad()
 def test_only_the_first_and_the_last_tokens_matter():
     """One layer, window 4, 2 first: position 20 sees 0, 1 and 17 to 20."""
     model, ids = make(), some_ids(21)

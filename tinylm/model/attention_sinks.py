@@ -5,9 +5,10 @@
                                                                  positions    0 1           2 3 4
 
 The copy of the model sees, at each position, the first `n_first` tokens of the text and the last
-`window`. Distances are counted within the kept keys (section 3.2 of the paper): after ten thousand
-tokens the first one is at most n_first + window - 1 positions away, so no rotation angle occurs
-that training has not seen. Learned sinks (`model.n_sinks`) are at position 0, before everything.
+`window`, or sliding_window of a layer where that is less. Distances are counted within the kept
+keys (section 3.2 of the paper): after ten thousand tokens the first one is at most
+n_first + window - 1 positions away, so no rotation angle occurs that training has not seen. Learned
+sinks (`model.n_sinks`) are at position 0, before everything.
 
 For measurements: it reads whole rows at once, in fp32 and in blocks of queries, and takes no cache.
 """
@@ -56,10 +57,11 @@ def with_attention_sinks(model: Decoder, *, window: int, n_first: int) -> Decode
     copied = copy.deepcopy(model, shared)
     unlimited = {"max_seq_len": 2**31 - 1, "sliding_window": None, "full_attention_interval": None}
     copied.config = model.config.model_copy(update=unlimited)
-    copied.kinds = [copied.config] * len(model.kinds)
+    copied.kinds = [kind.model_copy(update=unlimited) for kind in model.kinds]
     for block, kind in zip(copied.blocks, model.kind_of_layer, strict=True):
         config = model.kinds[kind]
-        block.attention = StreamingAttention(block.attention, window, n_first, config)
+        seen = min(window, config.sliding_window or window)
+        block.attention = StreamingAttention(block.attention, seen, n_first, config)
     return copied
 
 

@@ -472,13 +472,22 @@ def test_other_tags_are_rejected(tag):
         ),
         (
             "model:\n  full_attention_interval: 6\n",
-            "2: model.full_attention_interval: without sliding_window, all layers attend to all positions. "
+            "2: model.full_attention_interval: only valid with sliding_window (it is null). "
             "Set model.sliding_window, or remove it.",
         ),
         (
             "model:\n  sliding_window: 8\n  rope_local_theta: 500.0\n",
-            "3: model.rope_local_theta: without full_attention_interval, all layers are alike, and rope_theta is "
-            "their base. Set model.full_attention_interval, or remove it.",
+            "3: model.rope_local_theta: only valid with full_attention_interval (it is null). "
+            "Set model.full_attention_interval, or remove it.",
+        ),
+        *(
+            (
+                f"model:\n  init: zero_outputs\n  norm_placement: {placement}\n",
+                f"2: model.init: zero_outputs cannot be combined with norm_placement {placement}, whose norm of an "
+                "all-zero output has a gradient of 1 / sqrt(norm_eps). Set model.init=normal or trunc_normal, or "
+                "model.norm_placement=pre.",
+            )
+            for placement in ("output", "sandwich")
         ),
         (
             "model:\n  moe:\n    top_k: 9\n",

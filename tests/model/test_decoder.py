@@ -1119,6 +1119,8 @@ def test_blocks_add_nothing_at_first_with_zero_outputs(tied, moe):
 @pytest.mark.parametrize("init", ["normal", "trunc_normal", "zero_outputs"])
 def test_first_logits_are_finite_and_nearly_uniform(init, options):
     """The cross entropy of new weights is near ln V = 3.43, within what random logits add."""
+    if init == "zero_outputs" and options.get("norm_placement") in ("output", "sandwich"):
+        pytest.skip("refused by a rule of the config")
     torch.manual_seed(0)
     model, ids = Decoder(ModelConfig(**SMALL | options | {"init": init})), some_ids(batch=8)
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()

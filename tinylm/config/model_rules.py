@@ -61,13 +61,22 @@ MODEL = (
     Rule(
         ("full_attention_interval", "sliding_window"),
         lambda model: model.full_attention_interval is not None and model.sliding_window is None,
-        "without sliding_window, all layers attend to all positions",
+        "only valid with sliding_window (it is null)",
         "Set model.sliding_window, or remove it",
     ),
     Rule(
         ("rope_local_theta", "full_attention_interval"),
         lambda model: model.rope_local_theta is not None and model.full_attention_interval is None,
-        "without full_attention_interval, all layers are alike, and rope_theta is their base",
+        "only valid with full_attention_interval (it is null)",
         "Set model.full_attention_interval, or remove it",
+    ),
+    Rule(
+        ("init", "norm_placement"),
+        lambda model: (
+            model.init == "zero_outputs" and model.norm_placement in ("output", "sandwich")
+        ),
+        "zero_outputs cannot be combined with norm_placement {norm_placement}, "
+        "whose norm of an all-zero output has a gradient of 1 / sqrt(norm_eps)",
+        "Set model.init=normal or trunc_normal, or model.norm_placement=pre",
     ),
 )

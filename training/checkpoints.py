@@ -26,7 +26,7 @@ from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.checkpoint.result import link_final
 from tinylm.common.errors import Diverged, UserError, first_line
 from tinylm.model.lora import adapter_weights
-from tinylm.optim.adamw_8bit import state_shapes
+from tinylm.optim.adamw_8bit import Optimizer8bit, state_shapes
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -229,11 +229,14 @@ def require_same_optimizer(
         fits = fits and in_order == list(range(len(weights)))
         fits = fits and stored["state"].keys() <= set(numbers)
         names = {frozenset(values) for values in stored["state"].values()}
-        is_8bit = any("absmax1" in kind for kind in names)
+        is_8bit = isinstance(optimizer, Optimizer8bit)
         n_kinds = len({group.get("muon") for group in optimizer.param_groups}) + is_8bit
         fits = fits and len(names) <= n_kinds
         for number, values in stored["state"].items() if fits else ():
             shapes = state_shapes(weights[number]) if is_8bit else {}
+            codes = ("state1", "state2") if "absmax1" in shapes else ()
+            fits = fits and shapes.keys() <= values.keys()
+            fits = fits and all(values[name].dtype == torch.uint8 for name in codes)
             for name, value in values.items():
                 is_whole = isinstance(value, torch.Tensor) and value.dim() > 0
                 shape = shapes.get(name, weights[number].shape)

@@ -87,6 +87,27 @@ def test_a_restored_state_continues_to_the_last_bit_and_a_damaged_one_is_refused
         step(other, optimizer, 3)
     assert torch.equal(layer.weight, again.weight)
     assert not torch.equal(layer.weight, forgetful.weight)
-    saved["optimizer"]["state"][0]["absmax2"] = torch.ones(47)
+    whole_state = saved["optimizer"]["state"][0]
+    in_fp32 = {name: whole_state[name].float() for name in ("state1", "state2")}
+    without_scales = {name: whole_state[name] for name in whole_state if "absmax" not in name}
+    for damaged in (
+        whole_state | {"absmax2": torch.ones(47)},
+        whole_state | in_fp32,
+        without_scales | in_fp32,
+    ):
+        saved["optimizer"]["state"][0] = damaged
+        with pytest.raises(UserError, match="not the state of this optimizer for this model"):
+            require_same_optimizer(saved["optimizer"], resumed)
+
+
+@pytest.mark.parametrize("kinds", [("adamw_plain", "adamw_8bit"), ("adamw_8bit", "adamw_plain")])
+def test_the_state_of_adamw_in_other_bits_is_refused(kinds: tuple[str, str]) -> None:
+    """The optimizer of the run decides which state it takes, not the state."""
+    layer = matrix_and_vector()
+    stored, own = (
+        make_optimizer(layer, TrainingConfig(optimizer=kind), fused=False) for kind in kinds
+    )
+    step(layer, stored, 0)
     with pytest.raises(UserError, match="not the state of this optimizer for this model"):
-        require_same_optimizer(saved["optimizer"], resumed)
+        require_same_optimizer(stored.state_dict(), own)
+    require_same_optimizer(stored.state_dict(), stored)

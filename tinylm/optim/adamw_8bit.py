@@ -23,16 +23,22 @@ N_CODES = 256
 SMALLEST = 4096
 
 
+class Optimizer8bit(torch.optim.Optimizer):
+    """The kind of `make_adamw_8bit`'s optimizer, known without bitsandbytes, which would nest its
+    tensors in the state for FSDP 1.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return torch.optim.Optimizer.state_dict(self)
+
+
 def make_adamw_8bit(groups: Iterable[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW8bit over these groups, with the state of all other optimizers:
     a flat dictionary of tensors for each weight.
     """
 
-    class AdamW8bit(import_bitsandbytes().optim.AdamW8bit):
-        """bitsandbytes' optimizer, which would nest its tensors in the state for FSDP 1."""
-
-        def state_dict(self) -> dict[str, Any]:
-            return torch.optim.Optimizer.state_dict(self)
+    class AdamW8bit(Optimizer8bit, import_bitsandbytes().optim.AdamW8bit):
+        """bitsandbytes' optimizer with the state of torch's."""
 
     return AdamW8bit(list(groups), **settings)
 

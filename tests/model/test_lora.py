@@ -151,7 +151,7 @@ def test_dora_refuses_a_row_of_zeros() -> None:
     model = ours()
     model.blocks[1].ffn.up.weight.data[3:5] = 0.0
     words = (
-        "^lora.dora: blocks.1.ffn.up has 2 rows of zeros, which have no direction to turn. Remove "
+        "^lora.dora: blocks.1.ffn.up has 2 all-zero rows, whose direction DoRA cannot normalize. Remove "
         "it, or name other lora.target_modules.$"
     )
     with pytest.raises(UserError, match=words):

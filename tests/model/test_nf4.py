@@ -10,9 +10,16 @@ from torch import nn
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import LoraConfig, ModelConfig, MoEConfig
-from tinylm.model.decoder import Decoder, count_parameters
+from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
 from tinylm.model.hf_model import HFModel
-from tinylm.model.lora import adapter_weights, adapters_off, attach, load_adapter, merge
+from tinylm.model.lora import (
+    adapter_weights,
+    adapters_off,
+    attach,
+    frozen_matrices,
+    load_adapter,
+    merge,
+)
 from tinylm.model.nf4 import block_scales
 
 pytest.importorskip("bitsandbytes")
@@ -102,6 +109,51 @@ def test_a_router_keeps_its_weights() -> None:
     attach(model, NF4, seed=0)
     packed = [name for name, weight in model.named_parameters() if weight.dtype == torch.uint8]
     assert {name.split(".")[3] for name in packed} == {"qkv", "out"}
+
+
+def test_a_router_of_hugging_face_keeps_its_weights() -> None:
+    """Mixtral calls it mlp.gate, JetMoe's layer is in mlp.router; gate_proj of Llama is no router."""
+    model = MODELS["llama"]()
+    layers = set(frozen_matrices(model))
+    assert {name.rpartition(".")[2] for name in layers} >= {"gate_proj", "up_proj", "q_proj"}
+    for block in model.inner.model.layers:
+        block.mlp.gate = nn.Linear(32, 3)
+        block.mlp.router = nn.ModuleDict({"layer": nn.Linear(32, 3)})
+    assert set(frozen_matrices(model)) == layers
+
+
+def test_models_that_read_weights_themselves_are_refused() -> None:
+    """Mamba multiplies by dt_proj.weight, which would be packed, even if it has no adapter."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        "mamba",
+        **{"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "max_position_embeddings": 64},  # which no Mamba has
+    )
+    model = HFModel(transformers.AutoModelForCausalLM.from_config(config))
+    words = (
+        "^lora.base_weights: nf4 is not supported with mamba, whose code reads the weights of some "
+        "layers. Set lora.base_weights=fp32.$"
+    )
+    with pytest.raises(UserError, match=words):
+        attach(model, NF4.model_copy(update={"r": 2, "target_modules": ("in_proj",)}), seed=0)
+
+
+def test_a_target_that_matches_no_layer_leaves_the_base_in_fp32() -> None:
+    model = ours()
+    with pytest.raises(UserError, match="^lora.target_modules: must name layers"):
+        attach(model, NF4.model_copy(update={"target_modules": ("q_proj",)}), seed=0)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["ours", "ours with experts"])
+def test_a_base_in_4_bits_has_the_flops_of_one_in_32(name: str) -> None:
+    """Products are of the whole matrices, whatever their storage; the adapters are the same."""
+    wide, packed = MODELS[name](), MODELS[name]()
+    attach(wide, NF4.model_copy(update={"base_weights": "fp32"}), seed=0)
+    attach(packed, NF4, seed=0)
+    assert flops_per_token(packed, 20) == flops_per_token(wide, 20)
 
 
 def test_products_are_in_the_precision_of_the_run() -> None:

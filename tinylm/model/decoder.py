@@ -743,7 +743,9 @@ def flops_per_token(model: Decoder, seq_len: int) -> int:
     weights = 0
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            weights += module.weight.numel()
+            packed = module.weight.dtype == torch.uint8  # in 4 bits (nf4.py) a byte has two
+            size = module.in_features * module.out_features
+            weights += size if packed else module.weight.numel()
         elif isinstance(module, MixtureOfExperts):
             weights += (module.up.numel() + module.down.numel()) * module.top_k // module.n_experts
     windows = [model.kinds[kind].sliding_window or seq_len for kind in model.kind_of_layer]

@@ -8,9 +8,9 @@ layer.
         x ─────┤                              ├─ + ─▶ y
                └─ A (r, in) ─▶ B (out, r) ────┘
 
-With lora.dora the lengths m (out,) of the rows of W are trained too, and the adapters only turn
-the rows (Liu et al. 2024, arXiv:2402.09353, equation 5; peft takes the gradient of their section
-4.3, in which the norm is a constant):
+With lora.dora the magnitudes m (out,) of the rows of W are trained separately, and the adapters
+change their directions only (Liu et al. 2024, arXiv:2402.09353, equation 5; peft takes the gradient
+of their section 4.3, in which the norm is a constant):
 
     W' = m · (W + (alpha / r) · B A) / ‖W + (alpha / r) · B A‖  norms of rows, m at first ‖W‖
 
@@ -45,8 +45,16 @@ if TYPE_CHECKING:
 # Of `Decoder`. The router of a mixture decides which expert computes,
 # and gets an adapter only if it is named.
 TARGETS = ("qkv", "out", "up", "down")
+# What a layer of routers is called in Hugging Face's models and in `Decoder`.
+ROUTERS = {"gate", "router"}
+# Mamba and its hybrids in transformers: their code reads `weight` of some linear layers, which are
+# not called as modules.
+READS_WEIGHTS = {
+    *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba"),
+    *("mamba", "mamba2", "nemotron_h", "zamba2"),
+}
 NO_TOKENS = range(0)
-# The end of the name of DoRA's lengths in an adapter's checkpoint, and in peft's files.
+# The end of the name of DoRA's magnitudes in an adapter's checkpoint, and in peft's files.
 MAGNITUDE = ".lora_magnitude_vector"
 
 
@@ -63,11 +71,11 @@ def attach(
 
     Raises:
         UserError: peft is missing, a target matches no layer, the rank is larger than a layer, or
-            a row of zeros is to be turned.
+            lora.dora is set and a row of a weight is all zero.
     """
     layers = target_layers(model, lora)
     if lora.dora:
-        _require_lengths(layers)
+        _require_directions(layers)
     require_package("peft")
     block_downloads()
     from peft import LoraConfig as PeftConfig
@@ -140,13 +148,20 @@ def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
 
 
 def frozen_matrices(model: Decoder | HFModel) -> dict[str, nn.Module]:
-    """The layers that lora.base_weights is for, with adapters or not: the linear layers, of a
-    `Decoder` without routers, whose choices a rounded weight could change.
+    """The layers that lora.base_weights is for, with adapters or not: the linear layers without
+    routers, whose choices a rounded weight could change.
+
+    Raises:
+        UserError: the model reads packed weights as numbers, as Mamba would.
     """
     layers = linear_layers(model)
-    if not isinstance(model, Decoder):
-        return layers
-    return {name: layers[name] for name in layers if name.rpartition(".")[2] in TARGETS}
+    if isinstance(model, Decoder):
+        return {name: layers[name] for name in layers if name.rpartition(".")[2] in TARGETS}
+    kind = model.inner.config.model_type
+    if kind in READS_WEIGHTS:
+        problem = f"nf4 is not supported with {kind}, whose code reads the weights of some layers"
+        raise UserError("lora.base_weights", problem, "Set lora.base_weights=fp32")
+    return {name: layers[name] for name in layers if ROUTERS.isdisjoint(name.split("."))}
 
 
 def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Module]:
@@ -177,12 +192,12 @@ def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Mo
     return chosen
 
 
-def _require_lengths(layers: Mapping[str, nn.Module]) -> None:
-    """Raise a UserError if a row has the length 0, by which DoRA would divide."""
+def _require_directions(layers: Mapping[str, nn.Module]) -> None:
+    """Raise a UserError if a row has the norm 0, by which DoRA would divide."""
     for name, layer in layers.items():
         n_zero = int((rows_of(layer).norm(dim=1) == 0).sum())
         if n_zero:
-            problem = f"{name} has {n_zero} rows of zeros, which have no direction to turn"
+            problem = f"{name} has {n_zero} all-zero rows, whose direction DoRA cannot normalize"
             raise UserError("lora.dora", problem, "Remove it, or name other lora.target_modules")
 
 
@@ -274,7 +289,7 @@ def merge(
     new_tokens: range = NO_TOKENS,
 ) -> None:
     """Add the adapters `weights` to the matrices of `model`, a base without adapters:
-    W + scale · B A, with the lengths of its rows if they were trained (lora.dora), and W in the
+    W + scale · B A, with the magnitudes of its rows if they were trained (lora.dora), and W in the
     numbers of training (lora.base_weights); and put the rows of `new_tokens` in their place.
     """
     if lora.base_weights == "nf4":
@@ -290,5 +305,5 @@ def merge(
         matrix = rows_of(model.get_submodule(layer_name))  # (out, in), changed in place
         matrix += (b.float() @ a.float()) * lora.scale
         if lora.dora:
-            lengths = weights[f"{layer_name}{MAGNITUDE}"]  # (out,)
-            matrix *= (lengths / matrix.norm(dim=1))[:, None]
+            magnitudes = weights[f"{layer_name}{MAGNITUDE}"]  # (out,)
+            matrix *= (magnitudes / matrix.norm(dim=1))[:, None]

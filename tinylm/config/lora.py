@@ -18,7 +18,7 @@ class LoraConfig(Section):
     rslora: Switch = False
     """multiply by alpha / sqrt(r) in place of alpha / r, so that a large rank learns as fast (Kalajdzievski 2023)"""
     dora: Switch = False
-    """train the length of each row of a weight beside the adapter, which then only turns it (Liu et al. 2024)"""
+    """trains the magnitude of each row separately; the adapter changes its direction only (Liu et al. 2024)"""
     dropout: Fraction = 0.0
     """dropout on the input of the adapters"""
     base_weights: Literal["fp32", "nf4"] = "fp32"

@@ -89,7 +89,7 @@ class ModelConfig(Section):
     head_dim: Count | None = None
     """width of one head; null: d_model / n_heads"""
     ffn: Literal["swiglu", "geglu", "silu", "gelu", "relu2"] = "swiglu"
-    """feed-forward: gated SiLU or GELU (Shazeer 2020), or one hidden layer with SiLU, GELU or squared ReLU"""
+    """feed-forward: gated SiLU or GELU (Shazeer 2020), or one hidden layer: SiLU, GELU (tanh form) or squared ReLU"""
     d_ff: Count | None = None
     """hidden width of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64 if gated, else 4 d_model"""
     position: Literal["rope", "learned", "alibi", "none"] = "rope"
@@ -115,7 +115,7 @@ class ModelConfig(Section):
     sliding_window: Count | None = None
     """positions that a token attends to, itself included; null: all previous ones"""
     full_attention_interval: Annotated[Count, Field(ge=2)] | None = None
-    """every n-th layer attends to all previous positions, not only to sliding_window (Gemma 3); null: no layer"""
+    """every n-th layer attends to all previous positions (Gemma 3); null: all layers have sliding_window"""
     n_sinks: Annotated[CountOrZero, Field(le=1024)] = 0
     """learned key/value slots that every position attends to, also outside the window (after Xiao et al. 2023)"""
     moe: MoEConfig | None = None
@@ -303,8 +303,11 @@ class TrainingConfig(Section):
         json_schema_extra={"default": 1000},
     )
     """optimizer steps of the whole run; null: as many as `duration` is"""
-    optimizer: Literal["adamw", "adamw_plain", "adamw_8bit", "sgd", "muon"] = "adamw"
-    """torch's fused AdamW, AdamW in plain PyTorch, with moments in 8 bits, SGD with lr/sqrt(t+1), or Muon with AdamW"""
+    optimizer: Literal["adamw", "adamw_plain", "adamw_8bit", "sgd", "muon"] = Field(
+        default="adamw",
+        description="adamw: torch's fused; adamw_plain: plain PyTorch; adamw_8bit: moments in 8 bits (bitsandbytes); "
+        "sgd: lr/sqrt(t+1); muon: Muon with AdamW",
+    )
     lr: Annotated[Number, Field(gt=0)] = 3e-4
     """peak learning rate"""
     muon_lr: Annotated[Number, Field(gt=0, le=1e20)] = 0.02

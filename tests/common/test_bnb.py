@@ -31,6 +31,7 @@ def test_nothing_imports_the_package_that_downloads_kernels(with_kernels: None) 
         importlib.import_module("kernels")
 
 
+@pytest.mark.slow
 def test_adapters_block_it_too(with_kernels: None) -> None:
     """peft imports bitsandbytes where that is installed."""
     attach(

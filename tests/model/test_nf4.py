@@ -23,6 +23,7 @@ from tinylm.model.lora import (
 from tinylm.model.nf4 import block_scales
 
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.slow  # the first import of bitsandbytes and peft takes seconds
 
 NF4 = LoraConfig(r=4, alpha=8.0, base_weights="nf4")
 

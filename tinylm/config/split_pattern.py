@@ -18,7 +18,7 @@ FIX = (
     f"Write {', '.join(NAMES)}, or a regular expression whose matches are the words, such as "
     r"' ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+'"
 )
-# CPU seconds for a text that is split by a regular expression of one's own. The named patterns
+# CPU seconds for a text that is split by a custom regular expression. The named patterns
 # split 5 MB in a second; a pattern that needs more than the sum of both backtracks without end.
 SECONDS, SECONDS_PER_CHARACTER = 5.0, 1e-5
 # What patterns tell apart (letters of several scripts and cases, marks, digits, signs, each kind of

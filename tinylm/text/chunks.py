@@ -29,7 +29,8 @@ PARTS_PER_CHUNK = 32
 # Bytes that are searched for a place where a part can end.
 WINDOW_BYTES = 2**13
 # Where undecoded text can be cut without dividing a word of a named pattern: after a line end or
-# before a space. A regular expression of one's own can have a longer word there: one a part.
+# before a space. A custom regular expression may match across such a cut: at most one word per
+# part is affected.
 BETWEEN_WORDS = re.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[!-~])(?= [!-~])")
 
 

@@ -22,7 +22,7 @@ from tinylm.text.documents import TextChunk
 # No merge crosses the border of a word. gpt2: the words of GPT-2 (Radford et al. 2019). gpt4: the
 # words of GPT-4, from tiktoken's cl100k_base, with at most three digits per word and contractions
 # in either case. Every character is in a word. `tokenizers` and tiktoken find the same words; so
-# does `regex`, except for letters that Unicode added last. A regular expression of one's own is
+# does `regex`, except for letters that Unicode added last. A custom regular expression is
 # checked where it is read (config/split_pattern.py).
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

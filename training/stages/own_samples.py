@@ -79,5 +79,6 @@ class OwnSamples:
         rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
         for (inputs, labels), [location] in zip(rows, batch["origin"], strict=True):
             ids, target = split_answer(inputs, labels)
+            assert target  # rows of padding are for validation alone
             texts = self.tokenizer.decode(ids), self.tokenizer.decode(target)
             yield PromptRow(np.array(ids), *texts, location)

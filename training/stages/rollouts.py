@@ -3,7 +3,7 @@ restored.
 
     prompts of a batch ─▶ `Rollouts.sample`: n answers to each, by the model as it is now
                        ─▶ `Rollouts.write`:  a line of rollouts.jsonl for each
-                       ─▶ `Rollouts.keep`:   micro-batches (B, T), which a checkpoint contains
+                       ─▶ `Rollouts.keep`:   micro-batches (B, T), which a checkpoint contains (GRPO)
 
 What is sampled is a function of (weights, seed, step, prompt, number of the answer), so that a
 resumed run samples the same answers. Which prompts are answered, and what is learned from an answer,

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -41,6 +41,8 @@ from tinylm.rows.templates import Template
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+Judge = TypeVar("Judge", Verifier, RewardModel)
 
 
 @dataclass(frozen=True)
@@ -165,13 +167,19 @@ def _merged_model(path: Path, state: dict[str, Any], config: Config) -> Decoder 
 
 
 @dataclass(frozen=True)
-class LoadedVerifier:
-    """A verifier in evaluation mode, and what it was trained with."""
+class LoadedJudge(Generic[Judge]):
+    """A model that scores answers, in evaluation mode, and what it was trained with."""
 
-    model: Verifier
+    model: Judge
     tokenizer: Tokenizer
     config: Config
     info: CheckpointInfo
+
+
+LoadedVerifier = LoadedJudge[Verifier]
+LoadedRewardModel = LoadedJudge[RewardModel]
+KINDS = {"verifier": "verifier", "reward_model": "reward model"}
+"""what a stage other than these trains is a language model"""
 
 
 def load_verifier(path: str | Path, device: str = "cpu") -> LoadedVerifier:
@@ -186,34 +194,7 @@ def verifier_of(path: Path, state: dict[str, Any], device: str) -> LoadedVerifie
     Raises:
         UserError: it is another model.
     """
-    if state["stage"] != "verifier":
-        kind = "reward model" if state["stage"] == "reward_model" else "language model"
-        problem = f"must be a verifier, got a {kind} (stage {state['stage']})"
-        fix = "Train a verifier: python finetune.py --config configs/verifier.yaml"
-        raise UserError(path, problem, fix)
-    config = Config.from_plain(state["config"])
-    model = build_verifier(config.model, state["weights"]).to(device).eval()
-    tokenizer = tokenizer_of(path, state)
-    return LoadedVerifier(model, tokenizer, config, info_of(path, state))
-
-
-def build_verifier(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Verifier:
-    """A verifier with exactly these weights; RuntimeError names one that is missing,
-    extra or of another shape.
-    """
-    model = Verifier(config)
-    model.load_state_dict(weights, strict=True)
-    return model
-
-
-@dataclass(frozen=True)
-class LoadedRewardModel:
-    """A reward model in evaluation mode, and what it was trained with."""
-
-    model: RewardModel
-    tokenizer: Tokenizer
-    config: Config
-    info: CheckpointInfo
+    return _judge_of(path, state, device, "verifier", Verifier)
 
 
 def load_reward_model(path: str | Path, device: str = "cpu") -> LoadedRewardModel:
@@ -228,21 +209,27 @@ def reward_model_of(path: Path, state: dict[str, Any], device: str) -> LoadedRew
     Raises:
         UserError: it is another model.
     """
-    if state["stage"] != "reward_model":
-        problem = f"must be a reward model, got a model of stage {state['stage']}"
-        fix = "Train a reward model: python finetune.py --config configs/reward_model.yaml"
+    return _judge_of(path, state, device, "reward_model", RewardModel)
+
+
+def _judge_of(
+    path: Path, state: dict[str, Any], device: str, stage: str, kind: type[Judge]
+) -> LoadedJudge[Judge]:
+    if state["stage"] != stage:
+        found = KINDS.get(state["stage"], "language model")
+        problem = f"must be a {KINDS[stage]}, got a {found} (stage {state['stage']})"
+        fix = f"Train a {KINDS[stage]}: python finetune.py --config configs/{stage}.yaml"
         raise UserError(path, problem, fix)
     config = Config.from_plain(state["config"])
-    model = build_reward_model(config.model, state["weights"]).to(device).eval()
-    tokenizer = tokenizer_of(path, state)
-    return LoadedRewardModel(model, tokenizer, config, info_of(path, state))
+    model = build_judge(kind, config.model, state["weights"]).to(device).eval()
+    return LoadedJudge(model, tokenizer_of(path, state), config, info_of(path, state))
 
 
-def build_reward_model(config: ModelConfig, weights: dict[str, torch.Tensor]) -> RewardModel:
-    """A reward model with exactly these weights; RuntimeError names one that is missing,
-    extra or of another shape.
+def build_judge(kind: type[Judge], config: ModelConfig, weights: dict[str, torch.Tensor]) -> Judge:
+    """A verifier or a reward model with exactly these weights; RuntimeError names one that is
+    missing, extra or of another shape.
     """
-    model = RewardModel(config)
+    model = kind(config)
     model.load_state_dict(weights, strict=True)
     return model
 

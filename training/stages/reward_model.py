@@ -15,7 +15,7 @@ from data import RunData
 from model import BatchLoss, TrainingModule
 from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.checkpoint.initial import InitialModel
-from tinylm.checkpoint.load import build_reward_model
+from tinylm.checkpoint.load import build_judge
 from tinylm.config.schema import Config
 from tinylm.model.decoder import Decoder
 from tinylm.model.reward_model import RewardModel
@@ -111,7 +111,7 @@ def build_module(
     """
     config = context.config
     if resume is not None:
-        model = build_reward_model(config.model, resume.state["weights"])
+        model = build_judge(RewardModel, config.model, resume.state["weights"])
         return RewardModule(config, model, dict(NO_REFERENCES))
     assert initial is not None, "the table of unsupported pairs sees to it"
     decoder = build_initial(config, initial)

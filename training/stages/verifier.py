@@ -15,7 +15,7 @@ from data import RunData
 from model import BatchLoss, TrainingModule
 from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.checkpoint.initial import InitialModel
-from tinylm.checkpoint.load import build_verifier as load_verifier_weights
+from tinylm.checkpoint.load import build_judge
 from tinylm.common.console import progress_bar
 from tinylm.config.schema import Config
 from tinylm.eval.sampled_answers import answerer
@@ -243,7 +243,7 @@ def build_module(
     """
     config = context.config
     if resume is not None:
-        verifier = load_verifier_weights(config.model, resume.state["weights"])
+        verifier = build_judge(Verifier, config.model, resume.state["weights"])
         return VerifierModule(config, verifier, dict(NO_REFERENCES))
     torch.manual_seed(config.training.seed)
     verifier = Verifier(config.model)

@@ -11,10 +11,9 @@ import torch
 
 # config.duration is imported for a run that has one
 from tinylm import config as settings
-from tinylm.common.bnb import PACKAGE
+from tinylm.common.bnb import BITSANDBYTES
 from tinylm.config.schema import AUTO, Config
 
-# The features that the settings and the device decide; a stage's name is a feature too.
 FEATURES: dict[str, Callable[[Config, str | None], bool]] = {
     "distill section": lambda config, device: config.distill is not None,
     "own samples": lambda config, device: bool(config.distill and config.distill.own_samples),
@@ -56,7 +55,7 @@ FEATURES: dict[str, Callable[[Config, str | None], bool]] = {
     "micro-batch auto": lambda config, device: config.training.micro_batch_size == AUTO,
     "muon": lambda config, device: config.training.optimizer == "muon",
     "adamw_8bit": lambda config, device: config.training.optimizer == "adamw_8bit",
-    "no bitsandbytes": lambda config, device: find_spec(PACKAGE) is None,
+    "no bitsandbytes": lambda config, device: find_spec(BITSANDBYTES) is None,
     "fsdp": lambda config, device: config.hardware.strategy == "fsdp",
     "several devices": lambda config, device: (
         config.hardware.devices * config.hardware.num_nodes > 1

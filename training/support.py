@@ -7,7 +7,7 @@ to refuse one, add a row.
 
 from typing import NamedTuple
 
-from tinylm.common.bnb import PACKAGE
+from tinylm.common.bnb import BITSANDBYTES
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
 from training.features import FEATURES
@@ -50,13 +50,13 @@ UNSUPPORTED = (
         ("adamw_8bit", "no bitsandbytes"),
         "training.optimizer",
         "adamw_8bit needs the package bitsandbytes, which is not installed",
-        f"pip install {PACKAGE}, or set training.optimizer=adamw",
+        f"pip install {BITSANDBYTES}, or set training.optimizer=adamw",
     ),
     Unsupported(
         ("lora", "nf4", "no bitsandbytes"),
         "lora.base_weights",
         "nf4 needs the package bitsandbytes, which is not installed",
-        f"pip install {PACKAGE}, or set lora.base_weights=fp32",
+        f"pip install {BITSANDBYTES}, or set lora.base_weights=fp32",
     ),
     # --- stages and their sections
     Unsupported(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinylm.common.bnb import PACKAGE
+from tinylm.common.bnb import BITSANDBYTES
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig, MoEConfig, TrainingConfig
 from tinylm.model.decoder import Decoder
@@ -36,7 +36,7 @@ KINDS = [
     "muon",
     pytest.param(
         "adamw_8bit",
-        marks=pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"pip install {PACKAGE}"),
+        marks=pytest.mark.skipif(find_spec(BITSANDBYTES) is None, reason=f"pip install {BITSANDBYTES}"),
     ),
 ]
 BLOCK_MATRICES = {

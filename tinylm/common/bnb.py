@@ -10,7 +10,7 @@ from types import ModuleType
 
 from tinylm.common.errors import require_package
 
-PACKAGE = "bitsandbytes"
+BITSANDBYTES = "bitsandbytes"
 
 
 def import_bitsandbytes() -> ModuleType:
@@ -19,7 +19,7 @@ def import_bitsandbytes() -> ModuleType:
     Raises:
         UserError: it is not installed.
     """
-    require_package(PACKAGE)
+    require_package(BITSANDBYTES)
     block_downloads()
     import bitsandbytes
 

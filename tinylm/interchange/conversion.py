@@ -332,7 +332,7 @@ def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int
     return [n_rows // n_parts] * n_parts
 
 
-class Pair(NamedTuple):
+class WeightMapping(NamedTuple):
     """One of our weights, and their weights that are stacked in it."""
 
     name: str
@@ -343,7 +343,9 @@ class Pair(NamedTuple):
     """whether ours is 1 more than theirs"""
 
 
-def _pairs(architecture: Architecture, n_layers: int, ours: Container[str]) -> Iterator[Pair]:
+def _pairs(
+    architecture: Architecture, n_layers: int, ours: Container[str]
+) -> Iterator[WeightMapping]:
     """All pairs of weights."""
     for module, theirs in architecture.modules.items():
         parts = (theirs,) if isinstance(theirs, str) else theirs
@@ -352,7 +354,7 @@ def _pairs(architecture: Architecture, n_layers: int, ours: Container[str]) -> I
                 name = module.format(layer) + suffix
                 if name in ours:
                     is_weight = suffix == ".weight"
-                    yield Pair(
+                    yield WeightMapping(
                         name,
                         tuple(part.format(layer) + suffix for part in parts),
                         is_weight and module.endswith(architecture.transposed),

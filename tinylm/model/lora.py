@@ -37,7 +37,7 @@ from tinylm.common.device import return_freed_memory
 from tinylm.common.errors import UserError, first_line, require_package
 from tinylm.config.schema import LoraConfig
 from tinylm.model.decoder import Decoder
-from tinylm.model.nf4 import quantize, round_weights, rows_of
+from tinylm.model.nf4 import quantize, round_weights, weight_matrix
 
 if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel
@@ -195,7 +195,7 @@ def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Mo
 def _require_directions(layers: Mapping[str, nn.Module]) -> None:
     """Raise a UserError if a row has the norm 0, by which DoRA would divide."""
     for name, layer in layers.items():
-        n_zero = int((rows_of(layer).norm(dim=1) == 0).sum())
+        n_zero = int((weight_matrix(layer).norm(dim=1) == 0).sum())
         if n_zero:
             problem = f"{name} has {n_zero} all-zero rows, whose direction DoRA cannot normalize"
             raise UserError("lora.dora", problem, "Remove it, or name other lora.target_modules")
@@ -270,7 +270,7 @@ def require_adapter(
     prefix = "" if isinstance(model, Decoder) else "inner."
     wanted: dict[str, tuple[int, ...]] = {}
     for name, layer in target_layers(model, lora).items():
-        rows, columns = rows_of(layer).shape
+        rows, columns = weight_matrix(layer).shape
         if lora.dora:
             wanted[f"{prefix}{name}{MAGNITUDE}"] = (rows,)
         wanted[f"{prefix}{name}.lora_A.weight"] = (lora.r, columns)
@@ -302,7 +302,7 @@ def merge(
         if not is_a:
             continue
         b = weights[f"{layer_name}.lora_B.weight"]
-        matrix = rows_of(model.get_submodule(layer_name))  # (out, in), changed in place
+        matrix = weight_matrix(model.get_submodule(layer_name))  # (out, in), changed in place
         matrix += (b.float() @ a.float()) * lora.scale
         if lora.dora:
             magnitudes = weights[f"{layer_name}{MAGNITUDE}"]  # (out,)

@@ -26,7 +26,7 @@ def quantize(model: nn.Module, names: Iterable[str], dtype: torch.dtype | None) 
     nn_4bit = import_bitsandbytes().nn
     for name in names:
         layer = model.get_submodule(name)
-        matrix = rows_of(layer)
+        matrix = weight_matrix(layer)
         new = nn_4bit.Linear4bit(
             *(matrix.size(1), matrix.size(0), layer.bias is not None),
             compute_dtype=dtype or torch.float32,
@@ -48,14 +48,14 @@ def round_weights(layers: Mapping[str, nn.Module]) -> None:
     """Give linear layers the weights that they have after `quantize`, in fp32."""
     functional = import_bitsandbytes().functional
     for layer in layers.values():
-        matrix = rows_of(layer)
+        matrix = weight_matrix(layer)
         codes, state = functional.quantize_4bit(
             matrix.contiguous(), compress_statistics=False, quant_type="nf4"
         )
         matrix.copy_(functional.dequantize_4bit(codes, state))
 
 
-def rows_of(layer: nn.Module) -> Tensor:
+def weight_matrix(layer: nn.Module) -> Tensor:
     """The matrix (out, in) of a linear layer, not a copy: GPT-2's Conv1D stores (in, out)."""
     assert isinstance(layer.weight, Tensor)
     return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T

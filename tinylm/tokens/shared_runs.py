@@ -1,7 +1,7 @@
 """Validation documents that the training text contains, by runs of tokens that both have.
 
     tokens (N,) ─▶ the hash of each run of n tokens (N - n + 1,)              `run_hashes`
-    runs of the validation documents, sought in the training tokens           `shared_documents`
+    runs of the validation documents, searched for in the training tokens           `shared_documents`
 
 Equal documents are never in both splits; nearly equal ones, quotations and books in two editions can
 be. A document counts if at least half of its runs occur in training. A run has about 80 bytes of

@@ -92,7 +92,8 @@ class Rollouts:
         )
         was_training = model.training
         model.eval()
-        # In the precision of the weights: the engine's kernels know no autocast.
+        # In the precision of the weights: the engine's kernels know no autocast. Matrices in nf4
+        # compute in the precision of the run.
         with torch.no_grad(), torch.autocast(engine.device.type, enabled=False):
             rollouts = sample_rollouts(
                 engine,

@@ -2,22 +2,21 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.model.test_lora import logits, ours, randomize_adapters, theirs
 from tinylm.common.errors import UserError
-from tinylm.config.schema import LoraConfig, ModelConfig, MoEConfig
-from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
+from tinylm.config.schema import LoraConfig, MoEConfig
+from tinylm.model.decoder import count_parameters, flops_per_token
 from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import (
     adapter_weights,
     adapters_off,
     attach,
     frozen_matrices,
-    load_adapter,
     merge,
 )
 from tinylm.model.nf4 import block_scales
@@ -28,49 +27,12 @@ pytestmark = pytest.mark.slow  # the first import of bitsandbytes and peft takes
 NF4 = LoraConfig(r=4, alpha=8.0, base_weights="nf4")
 
 
-def ours(**settings: Any) -> Decoder:
-    """A decoder of random weights."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 97, "max_seq_len": 32, "n_layers": 2, "d_model": 32, "n_heads": 4}
-    return Decoder(ModelConfig(**shape, d_ff=48, **settings)).eval()
-
-
-def theirs(kind: str) -> HFModel:
-    """A Hugging Face model of random weights."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.AutoConfig.for_model(
-        kind, **sizes, max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
-        **({} if kind == "gpt2" else {"intermediate_size": 48, "num_key_value_heads": 2}),
-    )  # fmt: skip
-    return HFModel(transformers.AutoModelForCausalLM.from_config(config).eval())
-
-
 MODELS = {
     "ours": lambda: ours(bias="all"),
     "ours with experts": lambda: ours(moe=MoEConfig(n_experts=3, top_k=2)),
     "gpt2": lambda: theirs("gpt2"),
     "llama": lambda: theirs("llama"),
 }
-
-
-def randomize(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Random adapters, as after training; they are put into the model and returned."""
-    generator = torch.Generator().manual_seed(1)
-    made = {
-        name: 0.3 * torch.randn(weight.shape, generator=generator)
-        for name, weight in adapter_weights(dict(model.named_parameters())).items()
-    }
-    load_adapter(model, made)
-    return made
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    """Logits of fixed ids, without dropout."""
-    with torch.no_grad():
-        return model.eval()(torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(2)))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +45,7 @@ def test_a_merged_adapter_has_the_logits_of_training(name: str, dora: bool) -> N
     attach(model, lora, seed=0)
     rounded = logits(model)
     assert 1e-3 < (rounded - logits(base)).abs().max() < 0.2
-    weights = randomize(model)
+    weights = randomize_adapters(model)
     separate = logits(model)
     assert (separate - rounded).abs().max() > 0.1
     merge(merged, weights, lora)
@@ -177,7 +139,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(kind: str, tmp_pa
     model = MODELS[kind]()
     model.inner.save_pretrained(tmp_path)
     attach(model, NF4, seed=0)
-    weights = randomize(model)
+    weights = randomize_adapters(model)
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )

@@ -36,7 +36,9 @@ KINDS = [
     "muon",
     pytest.param(
         "adamw_8bit",
-        marks=pytest.mark.skipif(find_spec(BITSANDBYTES) is None, reason=f"pip install {BITSANDBYTES}"),
+        marks=pytest.mark.skipif(
+            find_spec(BITSANDBYTES) is None, reason=f"pip install {BITSANDBYTES}"
+        ),
     ),
 ]
 BLOCK_MATRICES = {

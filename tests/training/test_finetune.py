@@ -188,6 +188,31 @@ def run(config: Path, *arguments: str) -> int:
     return finetune.main(["--config", str(config), *arguments])
 
 
+KILLED = """
+import importlib, os, signal, sys
+at, module, name, *arguments = sys.argv[1:]
+stage, seen = getattr(importlib.import_module(module), name), []
+original = stage.batch_loss
+def batch_loss(self, batch, **given):
+    found = original(self, batch, **given)
+    seen.append(1)
+    if len(seen) == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+stage.batch_loss = batch_loss
+import finetune
+sys.exit(finetune.main(arguments))
+"""
+
+
+def kill_in(module: type, micro_batch: int, config: Path) -> None:
+    """Run finetune.py in a process that kill -9 ends after the loss of a micro-batch, from 1 on."""
+    names = (module.__module__, module.__name__)
+    command = [sys.executable, "-c", KILLED, str(micro_batch), *names, "--config", str(config)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+
+
 def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> str:
     """The one line of a run that exits with 2 and changes no file."""
     before = bytes_of(tmp_path)

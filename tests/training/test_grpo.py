@@ -3,8 +3,6 @@ inside the steps on a batch of answers, and what is refused.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,15 @@ import pytest
 
 import infer
 import list as list_program
-from tests.training.test_finetune import ROOT, Make, home, make, refused, run  # noqa: F401  (fixtures)
+from tests.training.test_finetune import (  # noqa: F401  (fixtures)
+    ROOT,
+    Make,
+    home,
+    kill_in,
+    make,
+    refused,
+    run,
+)
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -201,22 +207,6 @@ def test_a_run_that_ended_inside_a_step_resumes_to_the_last_bit(
     assert_same(tmp_path / "calm", tmp_path, ("reward", "val_reward", "kl", "clipped"))
 
 
-KILLED = """
-import os, signal, sys
-from training.stages import grpo
-original, seen = grpo.GRPOModule.batch_loss, []
-def batch_loss(self, batch, **given):
-    found = original(self, batch, **given)
-    seen.append(1)
-    if len(seen) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return found
-grpo.GRPOModule.batch_loss = batch_loss
-import finetune
-sys.exit(finetune.main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -232,9 +222,7 @@ def test_killed_again_and_again_a_run_is_equal_to_the_last_bit(
     config = reward(**RUNS[name], training={"max_steps": 9, "save_every_steps": 1})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     for micro_batch in (1, 5, 7, 4):
-        command = [sys.executable, "-c", KILLED, str(micro_batch), "--config", str(config)]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert ended.returncode == -9, ended.stderr
+        kill_in(GRPOModule, micro_batch, config)
     assert run(config) == 0
     assert_same(tmp_path / "calm", tmp_path)
 

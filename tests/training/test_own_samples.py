@@ -1,8 +1,6 @@
 """Distillation on the student's own samples: what a step computes, exact resume, what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.training.test_distill import distill  # noqa: F401  (fixture)
-from tests.training.test_finetune import ROOT, Make, home, make, refused, run  # noqa: F401
+from tests.training.test_finetune import Make, home, kill_in, make, refused, run  # noqa: F401
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -151,22 +149,6 @@ def test_a_run_that_ended_inside_a_step_resumes_to_the_last_bit(
     assert_same(tmp_path / "calm", tmp_path)
 
 
-KILLED = """
-import os, signal, sys
-from training.stages import distill
-original, seen = distill.DistillModule.batch_loss, []
-def batch_loss(self, batch, **given):
-    found = original(self, batch, **given)
-    seen.append(1)
-    if len(seen) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return found
-distill.DistillModule.batch_loss = batch_loss
-import finetune
-sys.exit(finetune.main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kills"),
@@ -184,9 +166,7 @@ def test_killed_again_and_again_a_run_is_equal_to_the_last_bit(
     config = own(**RUNS[name], training={"max_steps": 4, "save_every_steps": 1})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     for micro_batch in kills:
-        command = [sys.executable, "-c", KILLED, str(micro_batch), "--config", str(config)]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert ended.returncode == -9, ended.stderr
+        kill_in(DistillModule, micro_batch, config)
     assert run(config) == 0
     assert_same(tmp_path / "calm", tmp_path)
 
@@ -208,6 +188,16 @@ def test_killed_again_and_again_a_run_is_equal_to_the_last_bit(
             ["data.packing=packed"],
             "data.packing: packed is not supported with distill.own_samples: new answers vary in "
             "length. Set padded.",
+        ),
+        (
+            ["training.train_on=all"],
+            "training.train_on: all is not supported with distill.own_samples: it samples answers. "
+            "Set response.",
+        ),
+        (
+            ["training.duration=20min", "training.max_steps=null"],
+            "training.duration: a time is not supported with distill.own_samples: lengths vary. "
+            "Give epochs.",
         ),
         (["--plan"], "--plan: not supported with distill.own_samples: most of a step is sampling"),
     ],

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ import infer
 import list as list_program
 import train
 from tests.objectives.test_preferences import alone
-from tests.training.test_finetune import ROOT, Make, home, make, n_lines, refused, run  # noqa: F401  (fixtures)
+from tests.training.test_finetune import ROOT, Make, home, kill_twice, make, refused, run  # noqa: F401  (fixtures)
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -524,7 +523,6 @@ def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     config = prefer(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
     calm = [*elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}"]
     assert run(config, *calm) == 0
-    metrics, kills = tmp_path / "logs" / "tiny" / "metrics.csv", 0
     command = [sys.executable, "finetune.py", "--config", str(config)]
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -538,19 +536,7 @@ def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     process.kill()
     process.communicate()
     assert cached_files(tmp_path) == []
-    while True:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        before, began = n_lines(metrics), time.monotonic()
-        while process.poll() is None and (kills == 2 or n_lines(metrics) < before + 2):
-            assert time.monotonic() - began < 300
-            time.sleep(0.005)
-        process.kill()
-        if process.wait() == 0:
-            break
-        kills += 1
-    assert kills == 2
+    kill_twice(config, tmp_path / "logs" / "tiny" / "metrics.csv")
     assert_same_run(tmp_path / "calm", tmp_path)
 
 

@@ -213,6 +213,34 @@ def kill_in(module: type, micro_batch: int, config: Path) -> None:
     assert ended.returncode == -9, ended.stderr
 
 
+def kill_twice(config: Path, metrics: Path) -> None:
+    """Run finetune.py to its end, where kill -9 ends the first two processes, each after two more
+    rows of `metrics`.
+    """
+    kills = 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "finetune.py", "--config", str(config)],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        before, began = n_lines(metrics), time.monotonic()
+        while process.poll() is None and (kills == 2 or n_lines(metrics) < before + 2):
+            assert time.monotonic() - began < 300
+            time.sleep(0.005)
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills == 2
+
+
+def n_lines(path: Path) -> int:
+    """Lines of a file that may not be there."""
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
 def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> str:
     """The one line of a run that exits with 2 and changes no file."""
     before = bytes_of(tmp_path)
@@ -797,29 +825,8 @@ def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     """A12: SIGKILL whenever two more steps are logged, twice; curve and weights equal an uninterrupted run's."""
     config = make(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
-    metrics, kills = tmp_path / "logs" / "tiny" / "metrics.csv", 0
-    while True:
-        process = subprocess.Popen(
-            [sys.executable, "finetune.py", "--config", str(config)],
-            cwd=ROOT,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        before, began = n_lines(metrics), time.monotonic()
-        while process.poll() is None and (kills == 2 or n_lines(metrics) < before + 2):
-            assert time.monotonic() - began < 300
-            time.sleep(0.005)
-        process.kill()
-        if process.wait() == 0:
-            break
-        kills += 1
-    assert kills == 2
+    kill_twice(config, tmp_path / "logs" / "tiny" / "metrics.csv")
     assert_same_run(tmp_path / "calm", tmp_path)
-
-
-def n_lines(path: Path) -> int:
-    """Lines of a file that may not be there."""
-    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -7,9 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import infer
 import list as list_program
 import train
 from tests.training.test_dpo import prefer  # noqa: F401  (a fixture)
-from tests.training.test_finetune import ROOT, Make, home, make, n_lines, refused, run  # noqa: F401
+from tests.training.test_finetune import ROOT, Make, home, kill_twice, make, refused, run  # noqa: F401
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -193,21 +190,7 @@ def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     """SIGKILL twice, each after two more rows of metrics."""
     config = reward(training={"max_steps": 14, "save_every_steps": 1})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
-    metrics, kills = tmp_path / "logs" / "tiny" / "metrics.csv", 0
-    command = [sys.executable, "finetune.py", "--config", str(config)]
-    while True:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        before, began = n_lines(metrics), time.monotonic()
-        while process.poll() is None and (kills == 2 or n_lines(metrics) < before + 2):
-            assert time.monotonic() - began < 300
-            time.sleep(0.005)
-        process.kill()
-        if process.wait() == 0:
-            break
-        kills += 1
-    assert kills == 2
+    kill_twice(config, tmp_path / "logs" / "tiny" / "metrics.csv")
     assert_same_run(tmp_path / "calm", tmp_path)
 
 

@@ -12,7 +12,7 @@ import tinylm
 from tests.conftest import state_of
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
-from tinylm.config.grpo import GrpoConfig
+from tinylm.config.finetuning import GrpoConfig
 from tinylm.config.schema import Config, SamplingConfig
 from tinylm.generate.constraint import Constraint
 from tinylm.generate.engine import Engine, Request

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylm.config.distill import DistillConfig
+from tinylm.config.finetuning import DistillConfig
 from tinylm.model.decoder import Head
 from tinylm.objectives import cross_entropy as losses
 from tinylm.objectives.distillation import (

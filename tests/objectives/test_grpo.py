@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinylm.config.grpo import GrpoConfig
+from tinylm.config.finetuning import GrpoConfig
 from tinylm.objectives.grpo import (
     group_advantages,
     has_spread,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training.test_finetune import save_llama
-from tinylm.config.grpo import GrpoConfig
+from tinylm.config.finetuning import GrpoConfig
 from tinylm.objectives.grpo import group_advantages, loss_of_answers, policy_loss, score_tokens
 from tinylm.tokens.packing import IGNORE_INDEX
 

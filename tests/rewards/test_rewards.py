@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import state_of
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
-from tinylm.config.grpo import GrpoConfig, RewardConfig
+from tinylm.config.finetuning import GrpoConfig, RewardConfig
 from tinylm.config.schema import Config
 from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.model.verifier import Verifier

@@ -106,7 +106,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
 def passing_of(arguments: argparse.Namespace) -> "Passing":
     """What the flags say an answer needs."""
     from tinylm.common.device import pick_device
-    from tinylm.config.grpo import GrpoConfig, RewardConfig
+    from tinylm.config.finetuning import GrpoConfig, RewardConfig
     from tinylm.eval.reward_scoring import load_scorer
     from tinylm.rewards.selection import Passing
     from tinylm.rewards.table import make_reward

@@ -15,7 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 # config.duration is imported for a run that has one
 from tinylm import config as settings
-from tinylm.config import split_pattern
+from tinylm.config.split_pattern import FIX as PATTERN_FIX
+from tinylm.config.split_pattern import pattern_problem
 
 # Large enough for any real run, small enough that no product of two settings overflows a 64-bit
 # integer.
@@ -132,9 +133,9 @@ TOKENIZER = (
     _only_for("pattern", "bpe", "unigram"),
     Rule(
         ("pattern",),
-        lambda tokenizer: split_pattern.pattern_problem(tokenizer.pattern),
+        lambda tokenizer: tokenizer.pattern is not None and pattern_problem(tokenizer.pattern),
         "{found}",
-        split_pattern.FIX,
+        PATTERN_FIX,
     ),
     _only_for("learn_docs", "bpe", "unigram", "char"),
     Rule(
@@ -305,27 +306,6 @@ TRAINING = (
         ),
         "must be at most max_steps ({max_steps}) for schedule plateau, got {val_every_steps}",
         "Lower it",
-    ),
-)
-
-VERIFIER = (
-    Rule(
-        ("n_wrong", "n_sampled"),
-        lambda verifier: verifier.n_wrong + verifier.n_sampled == 0,
-        "n_wrong and n_sampled are 0, so there are no wrong answers to learn from",
-        "Set n_wrong, or n_sampled and sampled_from",
-    ),
-    Rule(
-        ("sampled_from", "n_sampled"),
-        lambda verifier: verifier.n_sampled and verifier.sampled_from is None,
-        "required if n_sampled is above 0",
-        "Set it to the checkpoint of the model that writes the answers",
-    ),
-    Rule(
-        ("n_sampled", "sampled_from"),
-        lambda verifier: verifier.sampled_from is not None and not verifier.n_sampled,
-        "must be at least 1 if sampled_from is set, got 0",
-        "Set n_sampled, or remove sampled_from",
     ),
 )
 

@@ -1,8 +1,8 @@
 """Every setting: its type, its meaning, its bounds and its default.
 
 Reading order: the sections (`ModelConfig`, `TokenizerConfig`, `DataConfig`, `TrainingConfig`,
-`HardwareConfig`, `SamplingConfig`, and the optional `VerifierConfig`), then `Config`,
-which holds them; other optional ones are in files of their names, such as `dpo.py` and `grpo.py`.
+`HardwareConfig`, `SamplingConfig`), then `Config`, which holds them; the optional sections of
+fine-tuning are in `finetuning.py`.
 Types of fields and rules between settings are in `rules.py`, YAML in `loader.py`.
 Settings are frozen: they are what the run was started with. Steps are optimizer steps everywhere.
 """
@@ -12,15 +12,24 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tinylm.config import model_rules, recipe, rules
-from tinylm.config.distill import DistillConfig
-from tinylm.config.dpo import DpoConfig
-from tinylm.config.grpo import GrpoConfig
-from tinylm.config.lora import LoraConfig
-from tinylm.config.reward_model import RewardModelConfig
+from tinylm.config.finetuning import (
+    DistillConfig,
+    DpoConfig,
+    GrpoConfig,
+    LoraConfig,
+    RewardModelConfig,
+    VerifierConfig,
+)
+from tinylm.config.model_rules import MODEL, MOE
+from tinylm.config.recipe import fill
 from tinylm.config.rope_scaling import RopeScalingConfig
 from tinylm.config.rules import (
+    CONFIG,
     COUNT_LIMIT,
+    DATA,
+    SAMPLING,
+    TOKENIZER,
+    TRAINING,
     Count,
     CountOrZero,
     Fraction,
@@ -53,7 +62,7 @@ class MoEConfig(Section):
     (Shazeer et al. 2017; Jiang et al. 2024).
     """
 
-    rules: ClassVar = model_rules.MOE
+    rules: ClassVar = MOE
 
     n_experts: Count = 8
     """feed-forward networks per layer"""
@@ -70,7 +79,7 @@ GATED = {"swiglu": "silu", "geglu": "gelu"}
 class ModelConfig(Section):
     """The shape of the decoder in `tinylm/model/decoder.py`."""
 
-    rules: ClassVar = model_rules.MODEL
+    rules: ClassVar = MODEL
 
     vocab_size: Count | None = None
     """rows of the embedding; null: the tokenizer's size (a multiple of 64 can be faster on a GPU)"""
@@ -168,7 +177,7 @@ class ModelConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes token ids."""
 
-    rules: ClassVar = rules.TOKENIZER
+    rules: ClassVar = TOKENIZER
 
     kind: Literal["byte", "char", "bpe", "unigram", "hf"] = "byte"
     """byte: 256 bytes, 4 special tokens; char, bpe, unigram: trained on the training split; hf: at `path`"""
@@ -211,7 +220,7 @@ class MixPart(Section):
 class DataConfig(Section):
     """The documents for training and validation, and how they become rows."""
 
-    rules: ClassVar = rules.DATA
+    rules: ClassVar = DATA
 
     dataset: PathName = "data/tiny_corpus.txt"
     """a text (docs/DATA.md), a token file (.bin, .npy, .ds), a folder or glob of texts, or a hub name"""
@@ -279,7 +288,7 @@ def _precision_name(value: Any) -> Any:
 class TrainingConfig(Section):
     """The optimization: batches, steps, optimizer, schedule, validation and files."""
 
-    rules: ClassVar = rules.TRAINING
+    rules: ClassVar = TRAINING
 
     seed: CountOrZero = 1337
     """the only seed: initialization, order of data, dropout and the held-out documents"""
@@ -388,21 +397,6 @@ class TrainingConfig(Section):
     """fine-tuning: the tokens that are targets: only those of the responses, or all"""
 
 
-class VerifierConfig(Section):
-    """A verifier: an encoder that classifies answers to problems as right or wrong
-    (Cobbe et al. 2021).
-    """
-
-    rules: ClassVar = rules.VERIFIER
-
-    n_wrong: Annotated[CountOrZero, Field(le=64)] = 1
-    """wrong answers made from each right one by changing a number, different ones in each pass"""
-    n_sampled: Annotated[CountOrZero, Field(le=64)] = 0
-    """answers per problem by the model in `sampled_from`, right or wrong by their last number"""
-    sampled_from: PathName | None = None
-    """checkpoint of the model that writes the sampled answers"""
-
-
 class HardwareConfig(Section):
     """Device, precision and parallelism."""
 
@@ -429,7 +423,7 @@ class HardwareConfig(Section):
 class SamplingConfig(Section):
     """How the next token is chosen from the logits."""
 
-    rules: ClassVar = rules.SAMPLING
+    rules: ClassVar = SAMPLING
 
     max_new_tokens: Annotated[Count, Field(le=1_000_000)] = 200
     """maximum number of new tokens"""
@@ -462,8 +456,8 @@ class SamplingConfig(Section):
 class Config(Section):
     """All settings of one run."""
 
-    rules: ClassVar = rules.CONFIG
-    _fill_recipe = model_validator(mode="before")(recipe.fill)
+    rules: ClassVar = CONFIG
+    _fill_recipe = model_validator(mode="before")(fill)
 
     recipe: Literal["default", "research"] = "default"
     """research: settings that learn fast, where they are not given (tinylm/config/recipe.py); not for hf and gguf"""

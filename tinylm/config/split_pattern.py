@@ -33,7 +33,7 @@ PROBE = (
 )
 
 
-def pattern_problem(pattern: str | None) -> str | None:
+def pattern_problem(pattern: str) -> str | None:
     r"""What is wrong with a pattern; None if it is a name, or a regular expression that splits a
     text alike in both libraries.
 
@@ -46,7 +46,7 @@ def pattern_problem(pattern: str | None) -> str | None:
     """
     import regex
 
-    if pattern is None or pattern in NAMES:
+    if pattern in NAMES:
         return None
     if pattern.isidentifier():
         return f"must be {', '.join(NAMES)} or a regular expression, got {pattern}"

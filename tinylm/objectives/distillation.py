@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tinylm.config.distill import DistillConfig
+from tinylm.config.finetuning import DistillConfig
 from tinylm.model.decoder import Head
 from tinylm.objectives.cross_entropy import head_dtypes, head_logits, target_chunks
 

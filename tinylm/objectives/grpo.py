@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tinylm.config.grpo import GrpoConfig
+from tinylm.config.finetuning import GrpoConfig
 from tinylm.objectives.cross_entropy import head_dtypes, head_logits, target_chunks
 
 # Added to the standard deviation, which a group of nearly equal rewards would else divide by.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tinylm.common.errors import UserError
 from tinylm.common.files import open_regular
-from tinylm.config.grpo import GrpoConfig, RewardConfig
+from tinylm.config.finetuning import GrpoConfig, RewardConfig
 from tinylm.rewards.answer import Answer, Reward
 from tinylm.rewards.by_text import (
     choice_reward,

@@ -18,8 +18,10 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
+from tinylm.config.schema import Config
 from tinylm.eval.tasks.data import with_data_of_task
 from tinylm.eval.tasks.table import TASKS
+from tinylm.planning import precision
 from tinylm.rows.templates import IM_END, IM_START
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +143,26 @@ def test_a_task_is_trained_and_evaluated(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sms-gpt2-lora", "samsum-t5-lora", "lora-smollm2"])
+def test_lora_takes_bf16_where_it_is_faster_for_the_shapes_of_its_base(
+    name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measurement sees the sizes that the fixture gave the bases, not those of our defaults."""
+    seen = []
+
+    def measure_ratio(config: Config, device: str) -> float:
+        seen.append(config.model)
+        return 2.0
+
+    monkeypatch.setattr(precision, "measure_ratio", measure_ratio)
+    final = run(name, models, tmp_path, *(("data.dataset=smoke",) if name in OF_TASKS else ()))
+    assert checkpoint_format.read(final)["config"]["hardware"]["precision"] == "bf16"
+    [sizes] = seen
+    expected = {"d_model": 32, "n_heads": 4} if "t5" in name else {"d_model": 16, "n_heads": 2}
+    assert {key: getattr(sizes, key) for key in expected} == expected
+
+
 def test_own_rows_on_a_model_with_chat_markers(models: Path, tmp_path: Path, capsys: Any) -> None:
     """configs/lora-smollm2.yaml unchanged, and the chat after it."""
     final = run("lora-smollm2", models, tmp_path)

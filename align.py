@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from tinylm.cli.program import Parser, run_program
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import printable
 
 logger = logging.getLogger("training.align")
 
@@ -30,8 +30,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python align.py",
         usage="python align.py --config configs/align-smoke.yaml [section.key=value ...]",
-        description="Run all stages of alignment and compare their models. The same command again "
-        "continues where it stopped.",
+        description="Run all stages of alignment and compare their models. "
+        "The same command again continues where it stopped.",
     )
     parser.add_argument(
         "--config",
@@ -68,16 +68,12 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.rows.conversation import CHAT_STAGES
     from training import held_out, side_by_side
     from training.made_data import make_data
-    from training.pipeline import read_stages
+    from training.pipeline import read_stages, results_folder
     from training.pipeline_run import PipelineState, run_stages
 
     stages = read_stages(args.config, args.overrides)
     test = held_out.read_test(args.config)
-    out = args.out or Path("checkpoints") / args.config.stem
-    for stage in stages:
-        if stage.folder.resolve() == out.resolve():
-            problem = f"{out} is training.checkpoint_dir of {stage.file}"
-            raise UserError("--out", problem, "Choose another folder")
+    out = results_folder(args.out or Path("checkpoints") / args.config.stem, stages)
     with lock_run_dir(out, "--out"):
         state = PipelineState.read(out / "state.json")
         make_data(args.config)
@@ -86,15 +82,8 @@ def run(args: argparse.Namespace) -> int:
             code = run_stages(stages, state, child)
         if code:
             return code
-        made_from = state.digest(stage.name for stage in stages)
-        if test is not None:
-            made_from += f" {test.fingerprint()}"
-        results = side_by_side.known_results(out, made_from)
-        if results is None:
-            results = side_by_side.compare(stages) | {"made_from": made_from}
-            if test is not None:
-                results["test"] = held_out.ask_models(test, stages)
-            side_by_side.write_results(out, results, stages)
+        weights = state.digest(stage.name for stage in stages)
+        results = side_by_side.results_of(out, stages, weights, test)
     print_rows(side_by_side.table_rows(results))
     if test is not None:
         print(f"\n{results['test']['n']:,} held-out questions of {printable(test.path)}")

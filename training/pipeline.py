@@ -110,6 +110,19 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[PipelineStage
     return [_with_compared_model(stage, stages.values()) for stage in stages.values()]
 
 
+def results_folder(out: Path, stages: list[PipelineStage]) -> Path:
+    """The folder of the results, which is that of no stage.
+
+    Raises:
+        UserError: a stage keeps its checkpoints there.
+    """
+    for stage in stages:
+        if stage.folder.resolve() == out.resolve():
+            problem = f"{out} is training.checkpoint_dir of {stage.file}"
+            raise UserError("--out", problem, "Choose another folder")
+    return out
+
+
 def _kind_name_and_config(location: object, item: dict[str, object]) -> tuple[str, str, str]:
     found = {"name": item.get("stage"), **item}
     for key in ("stage", "config", "name"):

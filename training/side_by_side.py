@@ -32,7 +32,7 @@ from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 from tinylm.objectives.verifier import VerifierScore
 from training.context import RunContext
-from training.held_out import test_lines
+from training.held_out import HeldOutTest, ask_models, test_lines
 from training.pipeline import PipelineStage
 from training.stages.dpo import PreferenceData
 from training.stages.reference_log_probs import pair_log_probs
@@ -64,6 +64,25 @@ SAMPLE_TOKENS = 60
 N_QUESTIONS = 50
 # Of the held-out ones, so many are printed with all answers.
 N_SHOWN = 5
+
+
+def results_of(
+    out: Path, stages: list[PipelineStage], weights: str, test: HeldOutTest | None
+) -> dict[str, Any]:
+    """The comparison of the stages, and what they answer to the held-out questions of `test`: read
+    from results.json, or computed and written there and to report.md.
+
+    Args:
+        weights: identifies the weights of all stages.
+    """
+    made_from = weights if test is None else f"{weights} {test.fingerprint()}"
+    results = known_results(out, made_from)
+    if results is None:
+        results = compare(stages) | {"made_from": made_from}
+        if test is not None:
+            results["test"] = ask_models(test, stages)
+        write_results(out, results, stages)
+    return results
 
 
 def known_results(out: Path, made_from: str) -> dict[str, Any] | None:

@@ -223,16 +223,11 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
             raise
         say(f"error: {unsupported}")
         return 2
-    except (MemoryError, RuntimeError) as error:
-        if debug or not is_out_of_memory(error):
-            raise
-        say(describe_lack_of_memory(error))
-        return 2
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not debug and is_out_of_memory(error):
             say(describe_lack_of_memory(error))
             return 2
-        if error.errno not in (errno.ENOSPC, errno.EIO):
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EIO):
             raise
         lead_nowhere(sys.stdout)
         say(

@@ -160,7 +160,6 @@ def harness_model(engine: Engine, *, batch_size: int = 16, stop_ids: Sequence[in
     """
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows
 
     class EngineLM(TemplateLM):
         """`TemplateLM` splits context and continuation into tokens as for every model."""
@@ -184,25 +183,8 @@ def harness_model(engine: Engine, *, batch_size: int = 16, stop_ids: Sequence[in
         def loglikelihood_rolling(
             self, requests: "list[Instance]", disable_tqdm: bool = False
         ) -> list[float]:
-            return [self._rolling(request.args[0]) for request in requests]
-
-        def _rolling(self, text: str) -> float:
-            """Log-probability of a text of any length,
-            each token given as much context as its window has.
-            """
-            windows = get_rolling_token_windows(
-                engine.tokenizer.encode(text),
-                engine.tokenizer.eos_id,
-                engine.model.config.max_seq_len,
-                1,
-            )
-            # Inputs and targets are shifted by one: the context is the inputs before the targets.
-            continuations = []
-            for inputs, targets in windows:
-                context = inputs[: len(inputs) - len(targets) + 1]
-                continuations.append(fit_continuation(engine, context, targets))
-            scores = score_continuations(engine, continuations, batch_size=batch_size)
-            return sum(score.log_prob for score in scores)
+            texts = [request.args[0] for request in requests]
+            return [log_prob_of_text(engine, text, batch_size) for text in texts]
 
         def generate_until(
             self, requests: "list[Instance]", disable_tqdm: bool = False
@@ -216,6 +198,24 @@ def harness_model(engine: Engine, *, batch_size: int = 16, stop_ids: Sequence[in
             return [completion.text for completion in engine.complete(asked)]
 
     return EngineLM()
+
+
+def log_prob_of_text(engine: Engine, text: str, batch_size: int) -> float:
+    """Log-probability of a text of any length, by the windows of the harness: each token given as
+    much context as its window has.
+    """
+    from lm_eval.utils import get_rolling_token_windows
+
+    ids, eos_id = engine.tokenizer.encode(text), engine.tokenizer.eos_id
+    windows = get_rolling_token_windows(ids, eos_id, engine.model.config.max_seq_len, 1)
+    # Inputs and targets are shifted by one: the context is the inputs before the targets.
+    continuations = []
+    for inputs, targets in windows:
+        context = inputs[: len(inputs) - len(targets) + 1]
+        continuations.append(fit_continuation(engine, context, targets))
+    return sum(
+        s.log_prob for s in score_continuations(engine, continuations, batch_size=batch_size)
+    )
 
 
 def fit_harness_prompt(engine: Engine, text: str, max_new_tokens: int) -> Prompt:

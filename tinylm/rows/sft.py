@@ -79,8 +79,7 @@ def build_examples(
         if len(whole.ids) > seq_len + 1:
             example = _cut(example, seq_len, data.truncation_side)
         if not example.trained.any():
-            is_cut = trained.any()
-            reason = SkipReason.PROMPT_TOO_LONG if is_cut else SkipReason.NOTHING_TRAINED
+            reason = SkipReason.PROMPT_TOO_LONG if trained.any() else SkipReason.NOTHING_TRAINED
             report.skip(reason, location)
             continue
         examples.append(example)

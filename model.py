@@ -379,7 +379,10 @@ class TrainingModule(L.LightningModule):
         if scaled and math.isfinite(loss) and not math.isfinite(norm):
             return False  # the scaler skips it
         values = {"loss": loss, "gradient norm": norm}
-        found = spike_in(values, progress.recent, factor)
+        infinite = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        found = None if infinite is None else f"the {infinite} is {values[infinite]}"
+        if found is None and factor is not None:
+            found = spike_in(values, progress.recent, factor)
         if found is None:
             progress.skipped_in_a_row = 0
             if factor is not None:
@@ -470,25 +473,21 @@ MAD_TO_STD = 1.4826  # 1 / the upper quartile of the normal distribution
 MIN_SPREAD = 0.01  # of the median: the spread of values that hardly differ
 
 
-def spike_in(
-    values: dict[str, float], history: list[list[float]], factor: float | None
-) -> str | None:
-    """What is wrong with `values`, the loss and the gradient norm of a step; None if nothing is.
+def spike_in(values: dict[str, float], history: list[list[float]], factor: float) -> str | None:
+    """Which of `values`, the finite loss and gradient norm of a step, is above its limit;
+    None if none is.
 
     Args:
         values: by name.
         history: the values of the last steps, in the same order.
-        factor: training.skip_spikes; None: only a value that is not finite is wrong.
+        factor: training.skip_spikes.
 
     >>> history = [[2.0, 1.0], [2.1, 1.0], [1.9, 1.0]] * 7
     >>> spike_in({"loss": 2.4, "gradient norm": 1.0}, history, 6)
     >>> spike_in({"loss": 4.0, "gradient norm": 1.0}, history, 6)
     'the loss is 4, above 2.89, the limit by the last 21 steps (median 2)'
     """
-    for name, value in values.items():
-        if not math.isfinite(value):
-            return f"the {name} is {value}"
-    if factor is None or len(history) < MIN_STEPS:
+    if len(history) < MIN_STEPS:
         return None
     for (name, value), recent in zip(values.items(), zip(*history, strict=True), strict=True):
         middle = median(recent)

@@ -21,12 +21,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from model import Progress, TrainingModule
+
+# optim.adamw_8bit is imported when a run resumes
+from tinylm import optim
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.checkpoint.result import link_final
 from tinylm.common.errors import Diverged, UserError, first_line
 from tinylm.model.lora import adapter_weights
-from tinylm.optim.adamw_8bit import Optimizer8bit, state_shapes
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -222,6 +224,8 @@ def require_same_optimizer(
     if weights is None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
+    adamw_8bit = optim.adamw_8bit
+    is_8bit = isinstance(optimizer, adamw_8bit.Optimizer8bit)
     try:
         numbers = [number for group in stored["param_groups"] for number in group["params"]]
         fits = sizes == [len(group["params"]) for group in stored["param_groups"]]
@@ -229,11 +233,10 @@ def require_same_optimizer(
         fits = fits and in_order == list(range(len(weights)))
         fits = fits and stored["state"].keys() <= set(numbers)
         names = {frozenset(values) for values in stored["state"].values()}
-        is_8bit = isinstance(optimizer, Optimizer8bit)
         n_kinds = len({group.get("muon") for group in optimizer.param_groups}) + is_8bit
         fits = fits and len(names) <= n_kinds
         for number, values in stored["state"].items() if fits else ():
-            shapes = state_shapes(weights[number]) if is_8bit else {}
+            shapes = adamw_8bit.state_shapes(weights[number]) if is_8bit else {}
             codes = ("state1", "state2") if "absmax1" in shapes else ()
             fits = fits and shapes.keys() <= values.keys()
             fits = fits and all(values[name].dtype == torch.uint8 for name in codes)

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# adamw_8bit is imported at its first use
+from tinylm import optim
 from tinylm.common.errors import UserError
 from tinylm.config.schema import TrainingConfig
-from tinylm.optim.adamw_8bit import make_adamw_8bit
 
 UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], None]
 """Changes a weight in place, given its gradient, its state
@@ -56,7 +57,7 @@ def make_optimizer(
     elif kind == "adamw_plain":
         optimizer = WeightwiseOptimizer(groups, adamw_update, **adamw)
     elif kind == "adamw_8bit":
-        optimizer = make_adamw_8bit(groups, **adamw)
+        optimizer = optim.adamw_8bit.make_adamw_8bit(groups, **adamw)
     elif kind == "sgd":
         optimizer = WeightwiseOptimizer(groups, sgd_update, lr=training.lr)
     else:

@@ -279,8 +279,8 @@ class GrpoConfig(Section):
     those with more reward than the group's mean (GRPO, Shao et al. 2024, DeepSeekMath).
     """
 
-    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)] = (
-        RewardConfig(reward="same_number"),
+    rewards: tuple[RewardConfig, ...] = Field(
+        default=({"reward": "same_number"},), min_length=1, validate_default=True
     )
     """the parts of the reward; an answer passes if the first part is at least 1"""
     group_size: Annotated[Count, Field(ge=2, le=4096)] = 8

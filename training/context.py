@@ -23,8 +23,7 @@ from tinylm.checkpoint.format import RunLock, candidates, lock_run_dir
 from tinylm.common.console import LOGGERS
 from tinylm.common.device import pick_device
 from tinylm.common.errors import UserError, first_line
-from tinylm.config.recipe import OWN_FORMAT
-from tinylm.config.schema import AUTO, Config, HardwareConfig
+from tinylm.config.schema import AUTO, OWN_FORMAT, Config, HardwareConfig
 from tinylm.runs.record import RunRecord
 from tinylm.runs.run_folder import RunFacts
 from training.support import require_supported

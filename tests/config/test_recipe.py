@@ -4,8 +4,7 @@ import pytest
 
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
-from tinylm.config.recipe import OWN_FORMAT, RECIPES
-from tinylm.config.schema import Config, ModelConfig
+from tinylm.config.schema import OWN_FORMAT, RECIPES, Config, ModelConfig
 
 GIVEN = {"model": {"n_layers": 2, "init": "normal"}, "training": {"head_lr": None}}
 

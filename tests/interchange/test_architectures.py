@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tinylm.common.errors import UserError
-from tinylm.config.schema import ModelConfig, MoEConfig
+from tinylm.config.model import ModelConfig, MoEConfig
 from tinylm.interchange import architectures, conversion
 from tinylm.model.decoder import Decoder
 

@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tinylm.config.rope_scaling import RopeScalingConfig
-from tinylm.config.schema import ModelConfig, MoEConfig
+from tinylm.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from tinylm.model.decoder import (
     AttentionContext,
     Decoder,

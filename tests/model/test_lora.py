@@ -12,7 +12,8 @@ from torch import nn
 
 from tinylm.checkpoint.initial import fingerprint_of
 from tinylm.common.errors import UserError
-from tinylm.config.schema import LoraConfig, ModelConfig, MoEConfig, TrainingConfig
+from tinylm.config.model import ModelConfig, MoEConfig
+from tinylm.config.schema import LoraConfig, TrainingConfig
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import (

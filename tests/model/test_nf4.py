@@ -9,7 +9,8 @@ from torch import nn
 
 from tests.model.test_lora import logits, ours, randomize_adapters, theirs
 from tinylm.common.errors import UserError
-from tinylm.config.schema import LoraConfig, MoEConfig
+from tinylm.config.model import MoEConfig
+from tinylm.config.schema import LoraConfig
 from tinylm.model.decoder import count_parameters, flops_per_token
 from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import (

@@ -8,7 +8,7 @@ import transformers
 from pydantic import ValidationError
 
 from tests.model.test_decoder import make, slow_frequencies
-from tinylm.config.rope_scaling import RopeScalingConfig
+from tinylm.config.model import RopeScalingConfig
 from tinylm.config.schema import Config, ModelConfig
 from tinylm.interchange import conversion
 from tinylm.model.attention_sinks import with_attention_sinks

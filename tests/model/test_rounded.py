@@ -7,7 +7,7 @@ from torch import nn
 from tests.generate.test_lean_step import steps
 from tests.model.test_decoder import EACH, assert_same, make, some_ids
 from tinylm.common.errors import UserError
-from tinylm.config.schema import MoEConfig
+from tinylm.config.model import MoEConfig
 from tinylm.model import rounded as rounded_weights
 from tinylm.model.rounded import (
     FEW_ROWS,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tinylm.common.bnb import BITSANDBYTES
 from tinylm.common.errors import UserError
-from tinylm.config.schema import ModelConfig, MoEConfig, TrainingConfig
+from tinylm.config.model import ModelConfig, MoEConfig
+from tinylm.config.schema import TrainingConfig
 from tinylm.model.decoder import Decoder
 from tinylm.optim.optimizers import (
     WeightwiseOptimizer,

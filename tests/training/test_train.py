@@ -28,7 +28,7 @@ from tinylm.checkpoint.load import load_model
 from tinylm.common.errors import UserError
 from tinylm.common.platform import STOP_SIGNALS
 from tinylm.config.loader import load_config
-from tinylm.config.rope_scaling import RopeScalingConfig
+from tinylm.config.model import RopeScalingConfig
 from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from training import checkpoints

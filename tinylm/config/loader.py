@@ -21,8 +21,9 @@ from tinylm import config as settings
 from tinylm.common.errors import UserError, not_found
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.messages import explain, explain_rule
+from tinylm.config.model import MAX_LAYERS, ModelConfig
 from tinylm.config.rules import RuleError
-from tinylm.config.schema import MAX_LAYERS, SMOKE, Config, ModelConfig, Section, TokenizerConfig
+from tinylm.config.schema import SMOKE, Config, Section, TokenizerConfig
 from tinylm.config.yaml_file import Layer, override_layer, read_layer
 
 logger = logging.getLogger(__name__)

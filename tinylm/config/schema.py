@@ -1,16 +1,15 @@
 """Every setting: its type, its meaning, its bounds and its default.
 
-Reading order: the sections (`ModelConfig`, `TokenizerConfig`, `DataConfig`, `TrainingConfig`,
-`HardwareConfig`, `SamplingConfig`), then `Config`, which holds them; the optional sections of
-fine-tuning are in `finetuning.py`.
+Reading order: the sections (`TokenizerConfig`, `DataConfig`, `TrainingConfig`, `HardwareConfig`,
+`SamplingConfig`), the recipes, then `Config`, which holds all of them. The section of the model is in
+`model.py`, the optional ones of fine-tuning are in `finetuning.py`.
 Types of fields and rules between settings are in `rules.py`, YAML in `loader.py`.
 Settings are frozen: they are what the run was started with. Steps are optimizer steps everywhere.
 """
 
-import math
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tinylm.config.finetuning import (
     DistillConfig,
@@ -20,9 +19,7 @@ from tinylm.config.finetuning import (
     RewardModelConfig,
     VerifierConfig,
 )
-from tinylm.config.model_rules import MODEL, MOE
-from tinylm.config.recipe import fill
-from tinylm.config.rope_scaling import RopeScalingConfig
+from tinylm.config.model import ModelConfig
 from tinylm.config.rules import (
     CONFIG,
     COUNT_LIMIT,
@@ -44,7 +41,6 @@ __all__ = ["COUNT_LIMIT", "Section"]  # of rules, for code that reads settings
 
 # The value of settings that are chosen once, before step 1.
 AUTO = "auto"
-MAX_LAYERS = 1000
 # The value of data.dataset that names the few built-in rows of data.task.
 SMOKE = "smoke"
 # The columns of rows that tinylm/rows reads.
@@ -55,123 +51,6 @@ RowColumn = Literal[
 RowShape = Literal["auto", "alpaca", "prompt", "messages", "sharegpt"]
 TaskName = Literal["sst2", "samsum", "gsm8k", "sms", "alpaca", "pairs"]
 TemplateName = Literal["instruction", "alpaca", "chatml", "plain", "chat_template"]
-
-
-class MoEConfig(Section):
-    """A mixture of experts in place of each feed-forward layer
-    (Shazeer et al. 2017; Jiang et al. 2024).
-    """
-
-    rules: ClassVar = MOE
-
-    n_experts: Count = 8
-    """feed-forward networks per layer"""
-    top_k: Count = 2
-    """experts that each token is sent to"""
-    balance_coef: Annotated[Number, Field(ge=0, le=1)] = 0.01
-    """weight of the load-balancing loss (Fedus et al. 2021, equation 4) in the loss"""
-
-
-GATED = {"swiglu": "silu", "geglu": "gelu"}
-"""the gated kinds of feed-forward, and the activation of their gate"""
-
-
-class ModelConfig(Section):
-    """The shape of the decoder in `tinylm/model/decoder.py`."""
-
-    rules: ClassVar = MODEL
-
-    vocab_size: Count | None = None
-    """rows of the embedding; null: the tokenizer's size (a multiple of 64 can be faster on a GPU)"""
-    max_seq_len: Count = 1024
-    """context length: the largest number of positions"""
-    depth: Annotated[Count, Field(le=MAX_LAYERS)] | None = None
-    """n_layers of a new model, and by the rules below its width, heads, batch, rates and decay; null: as written"""
-    n_layers: Annotated[Count, Field(le=MAX_LAYERS)] = 6
-    """decoder blocks"""
-    d_model: Count = 384
-    """width of the residual stream"""
-    n_heads: Count = 6
-    """query heads per layer"""
-    n_kv_heads: Count | None = None
-    """key/value heads per layer; null: n_heads (MHA); 1: multi-query; between: grouped-query (Ainslie et al. 2023)"""
-    head_dim: Count | None = None
-    """width of one head; null: d_model / n_heads"""
-    ffn: Literal["swiglu", "geglu", "silu", "gelu", "relu2"] = "swiglu"
-    """feed-forward: gated SiLU or GELU (Shazeer 2020), or one hidden layer: SiLU, GELU (tanh form) or squared ReLU"""
-    d_ff: Count | None = None
-    """hidden width of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64 if gated, else 4 d_model"""
-    position: Literal["rope", "learned", "alibi", "none"] = "rope"
-    """positions: rotary (Su et al. 2021), learned, linear biases (Press et al. 2021), or none"""
-    rope_theta: Annotated[Number, Field(gt=1, le=1e12)] = 10000.0
-    """base of RoPE's wavelengths"""
-    rope_scaling: RopeScalingConfig | None = None
-    """frequencies of RoPE for a context longer than the trained one; null: not scaled"""
-    rope_local_theta: Annotated[Number, Field(gt=1, le=1e12)] | None = None
-    """base of RoPE in layers with a window, there without rope_scaling (Gemma 3); null: as in the other layers"""
-    no_rope_interval: Annotated[Count, Field(ge=2)] | None = None
-    """every n-th layer has no rotary positions (Yang et al. 2025), as in SmolLM3; null: all layers have them"""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016)"""
-    norm_eps: Annotated[Number, Field(gt=0, le=0.1)] = 1e-5
-    """added to the variance before the square root"""
-    norm_placement: Literal["pre", "post", "output", "sandwich", "none"] = "pre"
-    """norm before each sublayer, after each residual sum, on what it adds (OLMo 2), before and on that, or nowhere"""
-    qk_norm: Switch | Literal["all_heads"] = False
-    """RMS-normalize queries and keys, true: per head (Dehghani et al. 2023); all_heads: over all heads (OLMo 2)"""
-    query_scalar: Count | None = None
-    """attention scores are divided by the square root of it (Gemma 2); null: head_dim"""
-    sliding_window: Count | None = None
-    """positions that a token attends to, itself included; null: all previous ones"""
-    full_attention_interval: Annotated[Count, Field(ge=2)] | None = None
-    """every n-th layer attends to all previous positions (Gemma 3); null: all layers have sliding_window"""
-    n_sinks: Annotated[CountOrZero, Field(le=1024)] = 0
-    """learned key/value slots that every position attends to, also outside the window (after Xiao et al. 2023)"""
-    moe: MoEConfig | None = None
-    """mixture of experts; null: one dense feed-forward per layer"""
-    attention_dropout: Fraction = 0.0
-    """dropout on attention weights"""
-    residual_dropout: Fraction = 0.0
-    """dropout on the embedding and on the output of each sublayer"""
-    bias: Literal["none", "qkv", "all"] = "none"
-    """biases of the linear layers: none, query/key/value (Qwen2), or all but the head (GPT-2)"""
-    tie_embeddings: Switch = True
-    """use one matrix for the embedding and the output head (Press and Wolf 2017)"""
-    scale_embeddings: Switch = False
-    """multiply the embedding of a token by sqrt(d_model) (Vaswani et al. 2017, section 3.4)"""
-    input_scalars: Switch = False
-    """each block reads a learned multiple of the residual stream plus one of the embedding (Karpathy 2025, nanochat)"""
-    init: Literal["normal", "trunc_normal", "zero_outputs"] = "normal"
-    """normal: std 0.02; trunc_normal: std sqrt(2/(in+out)), embedding 1; zero_outputs: blocks add nothing at first"""
-    gradient_checkpointing: Switch = False
-    """recompute each block in the backward pass: less memory, about a third more compute"""
-
-    @model_validator(mode="after")
-    def _resolve_nulls(self) -> Self:
-        """Replace null by its meaning, so that the model has one name for each width.
-
-        A resolved setting is not in `model_fields_set`, which holds what the user has written.
-
-        >>> ModelConfig(d_model=384, n_heads=6).d_ff, ModelConfig(d_model=384, n_heads=6, ffn="gelu").d_ff
-        (1024, 1536)
-        """
-        gated_width = 64 * math.ceil(8 * self.d_model / (3 * 64))
-        head_dim = self.head_dim or self.d_model // self.n_heads
-        resolved = {
-            "n_kv_heads": self.n_heads,
-            "head_dim": head_dim,
-            "query_scalar": head_dim,
-            "d_ff": gated_width if self.ffn in GATED else 4 * self.d_model,
-        }
-        for name, value in resolved.items():
-            if getattr(self, name) is None:
-                self.__dict__[name] = value  # the fields are frozen, also for this method
-                self.model_fields_set.discard(name)
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as a plain dict; peft calls this on a model's config."""
-        return self.model_dump()
 
 
 class TokenizerConfig(Section):
@@ -453,14 +332,63 @@ class SamplingConfig(Section):
     """beams; more than 1: beam search for the most probable text instead of sampling"""
 
 
+# --- the setting `recipe`: values that learn fast together, for the settings that are not given ---
+#
+# What each value brings is in docs/RESULTS.md, what was tried without success in docs/LOG.md.
+
+OWN_FORMAT = ("input_scalars",)
+"""settings of the model that have no place in the files of other programs"""
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "research": {
+        "model": {
+            "tie_embeddings": False,
+            "init": "zero_outputs",
+            "input_scalars": True,
+        },
+        "training": {
+            "optimizer": "muon",
+            "muon_per_head": True,
+            "muon_rounds": "polar_express",
+            "lr": 3e-3,
+            "embedding_lr": 0.1,
+            "head_lr": 0.01,
+            "schedule": "wsd",
+            "decay_ratio": 0.4,
+        },
+    },
+}
+
+
+def fill_recipe(cls: type, values: Any) -> Any:
+    """The values of a `Config` with those of its recipe, before they are checked; what is given
+    stays.
+    """
+    if not isinstance(values, dict) or not RECIPES.get(str(values.get("recipe"))):
+        return values
+    filled = dict(values)
+    for section, settings in RECIPES[values["recipe"]].items():
+        given = values.get(section) or {}
+        if isinstance(given, BaseModel):
+            given = given.model_dump(exclude_unset=True)
+        if not isinstance(given, dict):  # the check of its type says so
+            return values
+        filled[section] = settings | given
+    if filled["model"]["tie_embeddings"] is True and "head_lr" not in (
+        values.get("training") or {}
+    ):
+        del filled["training"]["head_lr"]  # a head that is the embedding has no rate of its own
+    return filled
+
+
 class Config(Section):
     """All settings of one run."""
 
     rules: ClassVar = CONFIG
-    _fill_recipe = model_validator(mode="before")(fill)
+    _fill_recipe = model_validator(mode="before")(fill_recipe)
 
     recipe: Literal["default", "research"] = "default"
-    """research: settings that learn fast, where they are not given (tinylm/config/recipe.py); not for hf and gguf"""
+    """research: settings that learn fast, where not given (RECIPES in tinylm/config/schema.py); not for hf and gguf"""
     model: ModelConfig = Field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     data: DataConfig = Field(default_factory=DataConfig)

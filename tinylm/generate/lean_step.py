@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.config.rope_scaling import RopeScalingConfig
+from tinylm.config.model import RopeScalingConfig
 from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import (
     AllHeadsNorm,

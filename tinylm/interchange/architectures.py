@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tinylm.config.schema import ModelConfig, MoEConfig
+from tinylm.config.model import ModelConfig, MoEConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tinylm.common.errors import UserError
-from tinylm.config.rope_scaling import RopeScalingConfig
+from tinylm.config.model import RopeScalingConfig
 from tinylm.config.schema import ModelConfig
 from tinylm.interchange.gguf_tokenizer import USE_HF
 from tinylm.model.rope_scaling import scaled_frequencies

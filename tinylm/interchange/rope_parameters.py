@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tinylm.common.errors import UserError
-from tinylm.config.rope_scaling import USED, RopeScalingConfig
+from tinylm.config.model import USED, RopeScalingConfig
 from tinylm.config.schema import ModelConfig
 
 if TYPE_CHECKING:

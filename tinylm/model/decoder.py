@@ -38,8 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 # kv_cache is imported when a cache is made, rope_scaling for a scaled context: training needs none
 from tinylm import model as models
-from tinylm.config.rope_scaling import RopeScalingConfig
-from tinylm.config.schema import GATED, ModelConfig, MoEConfig
+from tinylm.config.model import GATED, ModelConfig, MoEConfig, RopeScalingConfig
 from tinylm.model.initialization import init_weights
 
 if TYPE_CHECKING:

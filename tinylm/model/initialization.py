@@ -32,7 +32,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tinylm.config.schema import GATED, ModelConfig
+from tinylm.config.model import GATED, ModelConfig
 
 
 @torch.no_grad()

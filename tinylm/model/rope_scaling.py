@@ -30,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from tinylm.config.rope_scaling import RopeScalingConfig
+from tinylm.config.model import RopeScalingConfig
 
 
 def scaled_frequencies(

@@ -13,7 +13,8 @@ import torch
 
 from tinylm.common.console import size
 from tinylm.common.errors import UserError, first_line, is_out_of_memory
-from tinylm.config.schema import GATED, Config
+from tinylm.config.model import GATED
+from tinylm.config.schema import Config
 
 if sys.platform != "win32":
     import resource

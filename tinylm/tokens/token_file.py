@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinylm.common.errors import UserError
-from tinylm.common.files import open_regular, reading, require_regular
+from tinylm.common.files import open_regular, reading
 from tinylm.tokenizer.base import Tokenizer
 
 # Bytes or tokens that are processed at a time.
@@ -152,7 +152,6 @@ class TokenFile:
         path = Path(path)
         bare = "" if fix else ". If it is a bare array of ids, set data.token_dtype"
         fix = fix or f"Encode again: {ENCODE} {path}"
-        require_regular(path)
         with reading(path), open_regular(path) as file:
             head = file.read(HEADER_BYTES)
             found = os.path.getsize(path)

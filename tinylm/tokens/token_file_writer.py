@@ -117,12 +117,14 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
                 (self.folder / "ends").touch()
             self._tokens_file = open(self.folder / "tokens", "r+b")  # noqa: SIM115 (closed in __exit__)
             self._ends_file = open(self.folder / "ends", "r+b")  # noqa: SIM115
-            try:
-                self._truncate()
-            except BaseException:
-                self._tokens_file.close()
-                self._ends_file.close()
-                raise
+            self._tokens_file.seek(HEADER_BYTES)
+            if left:
+                try:
+                    self._continue()
+                except BaseException:
+                    self._tokens_file.close()
+                    self._ends_file.close()
+                    raise
 
     def _read_state(self) -> WriterState:
         """The state of the interrupted writer."""
@@ -137,7 +139,7 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
             raise UserError(self.folder, problem, f"Continue with those, or: {fix}")
         return state
 
-    def _truncate(self) -> None:
+    def _continue(self) -> None:
         """Remove what the state does not count, and read the rest again for the checksum."""
         n_bytes = HEADER_BYTES + self.state.tokens * self._dtype.itemsize
         for file, size in (
@@ -149,7 +151,6 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
                 raise UserError(file.name, problem, f"Delete {self.folder} to start again")
             file.truncate(size)
         self._ends_file.seek(0, os.SEEK_END)
-        self._tokens_file.seek(HEADER_BYTES)
         for block in iter(partial(self._tokens_file.read, BLOCK), b""):
             self._count(np.frombuffer(block, dtype=self._dtype))
 

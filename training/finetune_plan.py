@@ -31,8 +31,8 @@ from tinylm.planning.memory import (
 from tinylm.planning.memory_plan import lost_to_allocator
 from tinylm.planning.step_memory import StepMemory
 from tinylm.tokens.packing import Batch
+from training.build import find_initial_model, initialized_config, prepare_tokenizer
 from training.context import RunContext
-from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.run import Stage
 from training.settle import planned_steps, settle_precision, with_max_steps
 from training.show_rows import show_rows

@@ -53,9 +53,8 @@ from tinylm.planning.probes import (
 )
 from tinylm.runs.plots import text_curves
 from tinylm.tokenizer.base import Tokenizer
-from training.build import build_weights
+from training.build import build_weights, find_initial_model, initialized_config, prepare_tokenizer
 from training.context import RunContext
-from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.run import Stage
 from training.settle import planned_steps, settle_precision, with_max_steps, with_micro_batch
 from training.support import require_supported

@@ -2,7 +2,7 @@
 
 from tinylm.config.schema import Config
 from tinylm.config.yaml_text import config_text
-from training.initial import find_initial_model, initialized_config
+from training.build import find_initial_model, initialized_config
 
 
 def print_config(config: Config) -> int:

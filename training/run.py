@@ -32,11 +32,10 @@ from tinylm.runs.metrics_csv import MetricsFile
 from tinylm.runs.record import RunRecord
 from tinylm.runs.run_folder import COMPLETE, STOPPED
 from tinylm.tokenizer.base import Tokenizer
-from training.build import build_trainer
+from training.build import build_trainer, find_initial_model, initialized_config, prepare_tokenizer
 from training.callbacks import Metrics, ProgressDisplay, Sample, StepEnd, StopSignals, Validation
 from training.checkpoints import Checkpoints, finish_save
 from training.context import ResumeOptions, RunContext
-from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.resume import (
     ResumeState,
     find_resume_state,

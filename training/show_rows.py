@@ -27,8 +27,8 @@ from tinylm.rows.inspect import (
 )
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
+from training.build import find_initial_model, initialized_config, prepare_tokenizer
 from training.context import RunContext
-from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.run import Stage
 from training.settle import with_max_steps, with_micro_batch
 from training.support import require_supported

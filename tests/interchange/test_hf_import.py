@@ -26,8 +26,8 @@ from tinylm.interchange import conversion, hf_import
 from tinylm.interchange.hf_export import export_hf
 from tinylm.interchange.hf_import import import_hf
 from tinylm.model.hf_files import find_hf_model
+from training.build import find_initial_model
 from training.context import ResumeOptions, RunContext
-from training.initial import find_initial_model
 from training.resume import find_resume_state
 
 

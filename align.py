@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages that are not done, compare their models, report."""
-    from tinylm.checkpoint.format import lock_run_dir
+    from tinylm.checkpoint.format import RunLock
     from tinylm.cli.results import print_rows
     from tinylm.common.child_program import ChildProgram, forward_signals
     from tinylm.rows.conversation import CHAT_STAGES
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     stages = read_stages(args.config, args.overrides)
     test = held_out.read_test(args.config)
     out = results_folder(args.out or Path("checkpoints") / args.config.stem, stages)
-    with lock_run_dir(out, "--out"):
+    with RunLock(out, "--out"):
         state = PipelineState.read(out / "state.json")
         make_data(args.config)
         child = ChildProgram()

@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tinylm.checkpoint.format import RunLock, candidates, lock_run_dir
+from tinylm.checkpoint.format import RunLock, candidates
 from tinylm.common.console import LOGGERS
 from tinylm.common.device import pick_device
 from tinylm.common.errors import UserError, first_line
@@ -139,7 +139,7 @@ class RunContext:
         with contextlib.ExitStack() as locks:
             if rank_zero_only.rank == 0:
                 for setting, folder in folders.items():
-                    held.append(locks.enter_context(lock_run_dir(folder, setting)))
+                    held.append(locks.enter_context(RunLock(folder, setting)))
             context = replace(self, locks=tuple(held))
             facts = RunFacts(
                 stage=self.stage,

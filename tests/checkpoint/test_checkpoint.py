@@ -318,20 +318,20 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     """
     leftover = tmp_path / ".step-000001.ckpt.1.tmp"
     leftover.write_bytes(b"half")
-    with checkpoint_format.lock_run_dir(tmp_path):
+    with checkpoint_format.RunLock(tmp_path):
         assert not leftover.exists()
         with (
             pytest.raises(UserError, match=f"in use by process {os.getpid()} on "),
-            checkpoint_format.lock_run_dir(tmp_path),
+            checkpoint_format.RunLock(tmp_path),
         ):
             pass
-    with checkpoint_format.lock_run_dir(tmp_path):
+    with checkpoint_format.RunLock(tmp_path):
         pass
 
 
 def test_a_run_leaves_no_lock_and_no_folder_that_it_did_not_fill(tmp_path: Path) -> None:
     """A run that ends before its first save leaves nothing."""
-    with checkpoint_format.lock_run_dir(tmp_path / "runs" / "a"):
+    with checkpoint_format.RunLock(tmp_path / "runs" / "a"):
         assert (tmp_path / "runs" / "a" / ".lock").exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -341,21 +341,21 @@ def test_a_folder_that_is_removed_while_it_is_held_is_locked_again(
 ) -> None:
     """B10: another run must not be able to take the new folder."""
     folder = tmp_path / "run"
-    with checkpoint_format.lock_run_dir(folder) as lock:
+    with checkpoint_format.RunLock(folder) as lock:
         lock.renew()
         assert caplog.messages == []
         shutil.rmtree(folder)
         lock.renew()
         assert caplog.messages == [f"{folder} was removed during the run; it is made again"]
-        with pytest.raises(UserError, match="in use by"), checkpoint_format.lock_run_dir(folder):
+        with pytest.raises(UserError, match="in use by"), checkpoint_format.RunLock(folder):
             pass
 
 
 def test_a_folder_that_another_run_made_after_a_removal_is_left_to_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with checkpoint_format.lock_run_dir(folder) as lock:
+    with checkpoint_format.RunLock(folder) as lock:
         shutil.rmtree(folder)
-        with checkpoint_format.lock_run_dir(folder):
+        with checkpoint_format.RunLock(folder):
             (folder / "step-000001.ckpt").write_bytes(b"theirs")
             (folder / ".owner").write_text("process 7 on another machine")
             with pytest.raises(UserError, match="in use by process 7 on another machine"):
@@ -366,7 +366,7 @@ def test_a_folder_that_another_run_made_after_a_removal_is_left_to_it(tmp_path: 
 def test_a_file_in_place_of_a_held_folder_is_an_error(tmp_path: Path) -> None:
     """B11: named with its setting, without a traceback."""
     folder = tmp_path / "run"
-    with checkpoint_format.lock_run_dir(folder) as lock:
+    with checkpoint_format.RunLock(folder) as lock:
         shutil.rmtree(folder)
         folder.write_text("a file")
         with pytest.raises(UserError) as caught:

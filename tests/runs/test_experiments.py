@@ -487,5 +487,5 @@ def test_a_stopped_command_saves_a_checkpoint(tmp_path):
     assert process.returncode == 143
     assert logged.endswith("pretrain: base: stopped; run the same command again to continue\n")
     assert checkpoint_format.latest_valid(tmp_path / "runs/base") is not None
-    with checkpoint_format.lock_run_dir(tmp_path / "runs/base"):
+    with checkpoint_format.RunLock(tmp_path / "runs/base"):
         pass

@@ -897,7 +897,7 @@ def test_metrics_of_an_earlier_run_are_kept_under_another_name(
 
 def test_two_runs_in_one_folder(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
     """G1: the second one exits with 2 and names the first."""
-    with checkpoint_format.lock_run_dir(tmp_path / "checkpoints"):
+    with checkpoint_format.RunLock(tmp_path / "checkpoints"):
         assert f"process {os.getpid()} on" in refused(make_config(), tmp_path, capsys)
 
 

@@ -22,7 +22,7 @@ a wrong number. The content of a checkpoint, the state, is one dict:
     data, world_size, threads, versions     fingerprints and numbers that a resumed run is compared with
 
 `write`, `read` and `verify` are the file; `candidates` and `latest_valid` find one; `link` gives it
-a second name; `lock_run_dir` keeps a second run out of its folder; which one is the model that a
+a second name; `RunLock` keeps a second run out of its folder; which one is the model that a
 run ends with is in `result`. This file has the project's only torch.load, and knows nothing of
 models: `check` looks for what no run writes, and `load` turns a state into one.
 """
@@ -39,7 +39,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch
 from filelock import Timeout
@@ -318,27 +318,26 @@ def latest_state(
 
 
 class RunLock:
-    """Holds a folder of a run for this process; the lock ends with the process, also by a kill.
+    """Holds a folder of a run for this process, in a `with` block; the lock ends with the process,
+    also by a kill.
 
     Args:
         folder: it is created if it does not exist; unfinished files that a killed run left there
-            are removed.
+            are removed. At the end it is removed if it is empty and was created for this run.
         setting: the setting that names it, for errors.
+
+    Raises:
+        UserError: another run holds the folder, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, setting: str):
+    def __init__(self, folder: Path, setting: str = "training.checkpoint_dir"):
         self.folder = folder
         self.setting = setting
         self._owner = f"process {os.getpid()} on {socket.gethostname()}"
         self._stack = contextlib.ExitStack()
         self._stat: os.stat_result | None = None
 
-    def acquire(self) -> None:
-        """Take the lock.
-
-        Raises:
-            UserError: another run holds the folder, or it cannot be written.
-        """
+    def __enter__(self) -> Self:
         owner, file = self.folder / ".owner", self.folder / ".lock"
         try:
             self._stack.enter_context(temporary_lock(file, self.setting, timeout=0))
@@ -352,43 +351,28 @@ class RunLock:
             owner.write_text(self._owner, encoding="utf-8")
             for path in self.folder.glob(".*.tmp"):
                 remove(path)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
     def renew(self) -> None:
         """Take the lock again if the folder, or its lock file, was removed while it was held.
 
         Raises:
-            UserError: as `acquire`.
+            UserError: another run holds it now, or it cannot be written.
         """
         file = self.folder / ".lock"
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if self._stat is not None and os.path.samestat(file.stat(), self._stat):
                 return
         logger.warning(f"{self.folder} was removed during the run; it is made again")
-        self.release()
-        self.acquire()
-
-    def release(self) -> None:
-        """End the lock, and remove the folder if it is empty and was created for this run."""
         self._stack.close()
         self._stat = None
+        self.__enter__()
 
     def _remove_owner(self) -> None:
         owner = self.folder / ".owner"
         with contextlib.suppress(OSError, UserError):  # the folder was removed
             if read_regular(owner).decode() == self._owner:
                 owner.unlink()
-
-
-@contextlib.contextmanager
-def lock_run_dir(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[RunLock]:
-    """Hold `folder`, the value of `setting`, for this process.
-
-    Raises:
-        UserError: another run holds it, or it cannot be written.
-    """
-    lock = RunLock(folder, setting)
-    lock.acquire()
-    try:
-        yield lock
-    finally:
-        lock.release()

@@ -76,3 +76,33 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 500
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is changed")
+@pytest.mark.parametrize(("call", "keeps"), [("", True), ("share_one_heap()", False)])
+def test_what_a_thread_has_freed_can_be_returned(call: str, keeps: bool) -> None:
+    """The first 20 MB raise the size that glibc maps by itself, so that without the call 30 MB stay
+    with the thread.
+    """
+    code = f"""
+import os, threading
+from tinylm.common.device import return_freed_memory, share_one_heap
+{call}
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+def work():
+    blocks = [b"x" * 5_000_000 for _ in range(6)]
+    del blocks
+block = b"x" * 20_000_000
+del block
+before = resident()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+return_freed_memory()
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 20_000_000) == keeps

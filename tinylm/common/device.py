@@ -1,5 +1,5 @@
 """The device of a run, with the reason for the choice,
-and the allocator setting that a fast CPU step needs.
+and what the memory allocator does with memory that is freed.
 """
 
 from typing import TYPE_CHECKING
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from tinylm.common.errors import UserError
 
 if TYPE_CHECKING:
+    import ctypes
+
     import torch
 
 
@@ -56,6 +58,7 @@ def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:
 # Names from glibc's malloc.h, which Python does not have.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> None:
@@ -65,25 +68,40 @@ def keep_freed_memory() -> None:
     and the next step faults them in again, zeroed: a seventh of a bf16 step (docs/LOG.md). Other C
     libraries are left alone.
     """
-    # Imported here, because the flags of every program read NAMES: a tenth of the time of `--help`.
-    import ctypes
-    import platform
+    libc = _glibc()
+    if libc is not None:
+        # 2**25 is the most that glibc before 2.35 accepts; a larger tensor is then mapped
+        # and unmapped each time.
+        _ = libc.mallopt(_M_MMAP_THRESHOLD, 2**30) or libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    # 2**25 is the most that glibc before 2.35 accepts; a larger tensor is then mapped
-    # and unmapped each time.
-    _ = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
-    mallopt(_M_TRIM_THRESHOLD, -1)
+
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap: for a server, which frees a model and loads another
+    in another thread.
+
+    By default glibc gives a thread a heap of its own, and the tens of MB at its end, which only
+    this thread can use again, stay even after `return_freed_memory` (docs/LOG.md). To be called
+    before there are threads.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def return_freed_memory() -> None:
     """Return to the kernel what this process has freed, even if `keep_freed_memory` keeps it: after
     the weights of a model were made smaller. Only glibc.
     """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> "ctypes.CDLL | None":
+    """The C library of this process, if it is glibc."""
+    # Imported here, because the flags of every program read NAMES: a tenth of the time of `--help`.
     import ctypes
     import platform
 
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

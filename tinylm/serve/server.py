@@ -8,6 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
+from tinylm.common.device import share_one_heap
 from tinylm.common.errors import UserError
 from tinylm.serve.app import TIMEOUT, make_app
 from tinylm.serve.connections import MAX_CONNECTIONS, Connection, HttpServer, open_socket
@@ -44,6 +45,7 @@ def serve(path: Path, settings: ServerSettings, engine: EngineSettings) -> int |
     Raises:
         UserError: the settings are not safe, the port is taken, or there is no checkpoint.
     """
+    share_one_heap()
     rules = make_rules(settings)
     listening = open_socket(settings.host, settings.port)
     try:

@@ -22,7 +22,6 @@ from tinylm.checkpoint.format import candidates, read
 from tinylm.checkpoint.load import Loaded
 from tinylm.checkpoint.result import model_folders, model_of_run
 from tinylm.common.console import size
-from tinylm.common.device import return_freed_memory
 from tinylm.common.errors import UserError
 from tinylm.generate.engine import Engine
 from tinylm.generate.weights import MAX_RISE, Precision, open_model, round_weights
@@ -184,7 +183,6 @@ class ModelStore:
             async with self._turn:
                 self._make_room()
                 self.in_memory[name] = await self._load(name)
-                return_freed_memory()  # of the one that left
         except ApiError as error:
             return error
         except UserError as error:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinylm.common.device import return_freed_memory
 from tinylm.common.errors import UserError
 from tinylm.generate.engine import Engine, Request
 from tinylm.generate.output import TokenOutput
@@ -124,6 +125,8 @@ class EngineWorker:
     def _run(self) -> None:
         while True:
             while not (self.engine.is_busy and self._commands.empty()):
+                if not self.engine.is_busy and self._commands.empty():
+                    return_freed_memory()  # that of its texts, and of a model that left
                 command = self._commands.get()
                 if command is None:
                     return

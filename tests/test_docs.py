@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import datasets
 import pytest
 
+from tests import programs
 from tinylm.__main__ import COMMANDS
 from tinylm.cli.program import Parser
 from tinylm.cli.programs import Program
@@ -672,7 +673,7 @@ def test_the_learning_path_shows_the_first_loss_of_its_run(guide, tmp_path):
         for setting in ("training.checkpoint_dir", "training.log_dir", "data.cache_dir")
     ]
     command = [sys.executable, "train.py", "--config", "configs/learn.yaml", *folders]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with programs.Program(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert shown is not None and process.stderr is not None
         first = next(line for line in process.stderr if line.startswith("step"))
         process.kill()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import infer
+from tests import programs
 from tests.conftest import state_of
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.cli import chat
@@ -101,7 +102,7 @@ def start(*flags: object, **more: object) -> subprocess.Popen:
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
     } | more
-    return subprocess.Popen([sys.executable, ROOT / "infer.py", *map(str, flags)], **streams)
+    return programs.Program([sys.executable, ROOT / "infer.py", *map(str, flags)], **streams)
 
 
 # --- results and logs -------------------------------------------------------------------------

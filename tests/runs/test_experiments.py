@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tinylm.__main__ import main
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
@@ -471,7 +472,7 @@ def test_a_stopped_command_saves_a_checkpoint(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    process = subprocess.Popen(
+    process = programs.Program(
         command,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

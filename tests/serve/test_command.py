@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tinylm.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_a_key_and_no_auth_are_one_too_many(capsys, model_files, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_lets_a_stream_end_and_the_server_exits(model_files, number, code):
     command = [sys.executable, "-m", "tinylm", "serve", str(model_files["base"]), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with programs.Program(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         lines = []
         for line in process.stderr:
             lines.append(line)

@@ -18,6 +18,7 @@ import yaml
 import align
 import finetune
 import train
+from tests import programs
 from tests.model.test_seq2seq import save
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import initial as checkpoint_initial
@@ -345,7 +346,7 @@ def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):
 def begin(path: Path) -> subprocess.Popen[str]:
     """The command, as a user gives it."""
     command = [sys.executable, str(ROOT / "align.py"), "--config", path.name]
-    return subprocess.Popen(
+    return programs.Program(
         command, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 

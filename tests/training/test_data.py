@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import eval_val
 import finetune
 import train
 from data import PretrainData, RankShare
+from tests import programs
 from tests.conftest import val_documents
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
@@ -672,9 +672,9 @@ def test_a_terminal_gets_colors_without_no_color(
 @pytest.mark.slow
 def test_the_former_program_says_where_it_went() -> None:
     """`python data.py --rows 3` printed rows; the training programs do now."""
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "data.py", "--config", "config_smoke.yaml", "--rows", "3"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
     assert "`python train.py --config ... --show-rows N`" in done.stderr

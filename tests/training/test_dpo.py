@@ -25,6 +25,7 @@ import finetune
 import infer
 import list as list_program
 import train
+from tests import programs
 from tests.objectives.test_preferences import alone
 from tests.training.test_finetune import ROOT, Make, home, kill_twice, make, refused, run  # noqa: F401  (fixtures)
 from tests.training.test_train import (
@@ -524,7 +525,7 @@ def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     calm = [*elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}"]
     assert run(config, *calm) == 0
     command = [sys.executable, "finetune.py", "--config", str(config)]
-    process = subprocess.Popen(
+    process = programs.Program(
         command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     assert process.stderr is not None
@@ -557,7 +558,7 @@ def test_two_processes_share_the_pairs(prefer: Make, tmp_path: Path) -> None:
         "training.micro_batch_size=3",
         "hardware.devices=2",
     ]
-    done = subprocess.run(
+    done = programs.run(
         [*command, "hardware.strategy=ddp"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -26,6 +26,7 @@ import finetune
 import infer
 import list as list_program
 import train
+from tests import programs
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -209,17 +210,18 @@ def kill_in(module: type, micro_batch: int, config: Path) -> None:
     """Run finetune.py in a process that kill -9 ends after the loss of a micro-batch, from 1 on."""
     names = (module.__module__, module.__name__)
     command = [sys.executable, "-c", KILLED, str(micro_batch), *names, "--config", str(config)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = programs.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == -9, ended.stderr
 
 
 def kill_twice(config: Path, metrics: Path) -> None:
     """Run finetune.py to its end, where kill -9 ends the first two processes, each after two more
-    rows of `metrics`.
+    rows of `metrics`. The last one is a real start, with another seed of hashes.
     """
     kills = 0
     while True:
-        process = subprocess.Popen(
+        start = programs.Program if kills < 2 else subprocess.Popen
+        process = start(
             [sys.executable, "finetune.py", "--config", str(config)],
             cwd=ROOT,
             stderr=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from lightning.fabric.plugins.environments import (
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import train
+from tests import programs
 from tests.training.test_train import (
     HARD,
     assert_same_run,
@@ -202,7 +203,7 @@ def test_too_many_tasks_are_one_line_and_exit_2(make_config: Make, tmp_path: Pat
     """Rank 1 of a step of two tasks, for a config of one process."""
     program = [sys.executable, str(Path(train.__file__)), "--config", str(make_config())]
     environment = os.environ | task(1, 2, 2)
-    done = subprocess.run(
+    done = programs.run(
         [*program, *elsewhere(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from tests import programs
 from tinylm.checkpoint import format as checkpoint_format
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def run_three_times(config: Path, folder: Path, **environment: str) -> None:
     for n_steps in (1, 2, 3):
         changed = [f"training.max_steps={n_steps}", "--allow-changes"]
         command = [sys.executable, ROOT / "train.py", "--config", config, *changed]
-        done = subprocess.run(
+        done = programs.run(
             command, cwd=folder, env=os.environ | environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ import orjson
 import pytest
 import torch
 
+from tests import programs
 from tests.test_docs import SHOWN, Command, blocks, commands
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
@@ -225,7 +226,7 @@ def started(folder: Path, words: Sequence[str], **environment: str) -> subproces
         key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "SLURM"))
     }
     kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(
+    return programs.Program(
         words, cwd=folder, env=kept, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import model
+from tests import programs
 from tests.training.test_fp16 import fp16_on_cpu  # noqa: F401
 from tests.training.test_train import (
     HARD,
@@ -311,7 +312,7 @@ def test_all_ranks_skip_the_spike_of_one(make_config: Make, tmp_path: Path) -> N
         env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         env |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         processes.append(
-            subprocess.Popen(command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE)
+            programs.Program(command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE)
         )
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import model
 import train
 from data import PretrainData
+from tests import programs
 from tests.conftest import write_token_file
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.load import load_model
@@ -1209,7 +1210,7 @@ def test_a_signal_to_the_whole_group_saves_too(
         training={"max_steps": 100000, "val_every_steps": 100000, "save_every_steps": 100000},
         data={"num_workers": 2},
     )
-    process = subprocess.Popen(
+    process = programs.Program(
         [sys.executable, "-c", START, "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE
     )
     metrics, began = tmp_path / "logs" / "tiny" / "metrics.csv", time.monotonic()
@@ -1283,9 +1284,7 @@ def test_two_processes_train_the_same_as_one(
             *flags,
             f"training.max_steps={steps}",
         ]
-        result = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-        )
+        result = programs.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
     for name in ("train_loss", "val_loss", "grad_norm"):
         ours, theirs = (

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import finetune
 import infer
 import list as list_program
 import train
+from tests import programs
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -320,7 +323,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
 
 @pytest.mark.slow
 def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_the_last_bit(
-    make: Make, writer: Path, tmp_path: Path, child: Any
+    make: Make, writer: Path, tmp_path: Path
 ) -> None:
     """A12: SIGKILL after a few answered problems, then at two steps; answers, curve and weights
     equal an uninterrupted run's.
@@ -330,7 +333,7 @@ def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_th
         run(config, *elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}")
         == 0
     )
-    command = "import finetune; sys.exit(finetune.main(args))"
+    command = [sys.executable, "finetune.py", "--config", str(config)]
     metrics = tmp_path / "logs" / "tiny" / "metrics.csv"
     until = (
         lambda: sum(size(path) for path in (tmp_path / "cache").glob("answers-*")) > 400,
@@ -338,12 +341,14 @@ def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_th
         lambda: size(metrics) > 900,
     )
     for enough in until:
-        process = child(command, "--config", config)
+        process = programs.Program(
+            command, cwd=programs.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and not enough():
             time.sleep(0.01)
         assert process.poll() is None, "it must not have ended by itself"
         process.kill()
-        process.communicate()
+        process.wait()
     assert run(config) == 0
     assert_same_run(tmp_path / "calm", tmp_path)
     answers = [

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import training  # noqa: F401  (before Lightning, which would import libraries of metrics)
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.files import locked
 from tinylm.common.platform import STOP_SIGNALS

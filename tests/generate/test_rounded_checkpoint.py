@@ -105,6 +105,7 @@ def test_4_bits_take_0_625_bytes_a_weight(tmp_path):
     assert sizes["int4"] < 0.8 * sizes["int8"]
 
 
+@pytest.mark.slow
 def test_training_and_export_read_it_in_fp32(rounded, caplog):
     """Each weight is its code times its scale, in 4 bits from -8 and plus the offset of its group; a
     tied matrix is one.
@@ -362,6 +363,7 @@ def odd_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_odd_content_is_one_error_line(name, tmp_path, odd_base):
     change, found = ODD[name]

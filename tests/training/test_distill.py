@@ -84,9 +84,8 @@ def test_a_step_is_the_mixed_loss_and_the_teacher_has_no_dropout(
     assert kl > 0.1 and int(found.n_targets) == int(is_target.sum())
 
 
-@pytest.mark.parametrize(
-    "name", ["whole", pytest.param("lora", marks=pytest.mark.slow), "hf_model", "cached"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["whole", "lora", "hf_model", "cached"])
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, distill: Make, home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:  # noqa: F811
@@ -124,7 +123,8 @@ def caches(folder: Path) -> list[Path]:
     return sorted(folder.glob("teacher-*.bin"))
 
 
-@pytest.mark.parametrize("packing", ["packed", pytest.param("padded", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["packed", "padded"])
 def test_a_cached_teacher_gives_the_losses_of_one_that_reads_every_batch(
     packing: str, distill: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:

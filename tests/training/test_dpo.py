@@ -102,13 +102,8 @@ def pairs_of(config: Path) -> PreferenceData:
 # --- what a run does --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("copy", "lora off") else pytest.mark.slow)
-        for name in RUNS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_learns_and_every_program_reads_what_it_wrote(
     name: str, prefer: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -481,13 +476,8 @@ def test_a_resumed_run_keeps_its_reference(
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("copy", "lora off", "cached") else pytest.mark.slow)
-        for name in RUNS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, prefer: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:

@@ -74,10 +74,8 @@ def assert_same(
 # --- what a run does ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "whole" else pytest.mark.slow) for name in RUNS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_learns_and_every_program_reads_what_it_wrote(
     name: str, reward: Make, tmp_path: Path, capsys: Capture
 ) -> None:

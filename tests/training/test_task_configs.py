@@ -35,7 +35,6 @@ OF_TASKS = {
     for name, path in CONFIGS.items()
     if load_config(path).data.task
 }
-QUICK = "sst2-gpt2-lora"
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +93,8 @@ def run(name: str, models: Path, tmp_path: Path, *overrides: str) -> Path:
     return tmp_path / "ckpt" / "final.ckpt"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OF_TASKS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_TASKS)
 def test_a_task_is_trained_and_evaluated(
     name: str, models: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -205,7 +202,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_give(
         f"training.log_dir={tmp_path}/logs",
         f"training.init_from=hf:{models / 'gpt2'}",
     ]
-    assert finetune.main(["--config", str(CONFIGS[QUICK]), *places]) == 2
+    assert finetune.main(["--config", str(CONFIGS["sst2-gpt2-lora"]), *places]) == 2
     expected = (
         "nyu-mll/glue: not reached. For task sst2: data.dataset=PATH, or data.dataset=smoke for a "
         "few built-in rows."

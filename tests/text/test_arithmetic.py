@@ -12,14 +12,14 @@ from tinylm.rows.numbers import final_number
 from tinylm.text import arithmetic
 from tinylm.text.arithmetic import Problem, Step, Writer, write_arithmetic
 
-SMALL = {"text": 400, "answers": 400, "questions": 400, "dev": 80, "test": 80}
+SMALL = {"text": 400, "answers": 400, "questions": 400, "solutions": 100, "dev": 80, "test": 80}
 SUM = re.compile(r"(\d[\d+*-]*)=(\d+)(?!r)\b")
 DIVISION = re.compile(r"(\d+)/(\d+)=(\d+)(?:r(\d+))?\b")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All five files, with few rows."""
+    """All six files, with few rows."""
     out = tmp_path_factory.mktemp("arithmetic")
     write_arithmetic(out, sizes=SMALL)
     return out
@@ -110,7 +110,7 @@ def test_no_training_file_shows_a_sum_a_question_or_a_story_of_the_test(folder, 
     """Read from the files as texts: the sums of each test problem, and its question with other
     numbers, are nowhere in what is trained on.
     """
-    trained = texts_of(folder, "text", "answers", "questions")
+    trained = texts_of(folder, "text", "answers", "questions", "solutions")
     shown = set(re.findall(r"\d+[-+*/]\d+", " ".join(trained)))
     without_numbers = {re.sub(r"\d+", "0", text) for text in trained}
     assert len(shown) > 500
@@ -139,6 +139,16 @@ def test_questions_to_learn_by_reward_have_no_written_answer(folder):
     asked = {row["question"] for row in rows}
     assert len(asked) == len(rows)
     assert not asked & set(texts_of(folder, "answers"))
+
+
+def test_the_questions_of_a_verifier_are_others_and_show_every_digit(folder):
+    """No style tells the answers of solutions.jsonl from those of a model that shows digits; no
+    question of it is in the files that the model learns from.
+    """
+    rows = [json.loads(line) for line in (folder / "solutions.jsonl").read_text().splitlines()]
+    assert all(re.fullmatch(r"(.+: .+, so \d+\.\n)+#### \d+", row["answer"]) for row in rows)
+    asked = {row["question"] for row in rows}
+    assert not asked & set(texts_of(folder, "answers", "questions"))
 
 
 def test_the_command_writes_the_files_and_prints_their_folder(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("data/arithmetic"),
         metavar="FOLDER",
-        help="folder of the five files (data/arithmetic)",
+        help="folder of the six files (data/arithmetic)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="other rows (0)")
 

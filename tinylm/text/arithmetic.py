@@ -4,6 +4,7 @@
         text.jsonl         texts to pretrain on: tables, sums, stories; no question in them
         answers.jsonl      questions with written answers and short chats, for fine-tuning
         questions.jsonl    other questions, of which only the result is known, for learning by reward
+        solutions.jsonl    other questions with every digit of their answers, for a verifier
         dev.jsonl          questions to choose settings with
         test.jsonl         questions to report
 
@@ -372,19 +373,26 @@ def _follow_up(problem: Problem, writer: Writer, style: Style) -> list[str]:
 
 
 def questions(
-    split: Split, n: int, seed: int, *, avoid: Collection[str] = ()
+    split: Split, n: int, seed: int, style: Style = "brief", *, avoid: Collection[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """`n` different questions that are not in `avoid`, each with the line of its result."""
-    for problem in Writer(split, seed + 2).problems(n, avoid=avoid):
-        yield {"question": problem.question, "answer": problem.answer("brief")}
+    """`n` different questions that are not in `avoid`, each with an answer of this style."""
+    for problem in Writer(split, seed).problems(n, avoid=avoid):
+        yield {"question": problem.question, "answer": problem.answer(style)}
 
 
 # Rows of each file.
-SIZES = {"text": 60_000, "answers": 6_000, "questions": 8_000, "dev": 400, "test": 500}
+SIZES = {
+    "text": 60_000,
+    "answers": 6_000,
+    "questions": 8_000,
+    "solutions": 4_000,
+    "dev": 400,
+    "test": 500,
+}
 
 
 def write_arithmetic(out: Path, *, sizes: dict[str, int] | None = None, seed: int = 0) -> None:
-    """Write the five files into the folder `out`: the same ones for the same sizes and seed.
+    """Write the six files into the folder `out`: the same ones for the same sizes and seed.
 
     Args:
         out: the folder, which is made.
@@ -399,12 +407,15 @@ def write_arithmetic(out: Path, *, sizes: dict[str, int] | None = None, seed: in
     turns = [turn for row in answered for turn in row.get("messages", ())]
     avoid = {row["question"] for row in answered if "question" in row}
     avoid |= {turn["content"] for turn in turns}
+    asked = list(questions("train", sizes["questions"], seed + 2, avoid=avoid))
+    avoid |= {row["question"] for row in asked}
     files = {
         "text": texts(sizes["text"], seed),
         "answers": answered,
-        "questions": questions("train", sizes["questions"], seed, avoid=avoid),
-        "dev": questions("dev", sizes["dev"], seed),
-        "test": questions("test", sizes["test"], seed),
+        "questions": asked,
+        "solutions": questions("train", sizes["solutions"], seed + 3, "digits", avoid=avoid),
+        "dev": questions("dev", sizes["dev"], seed + 2),
+        "test": questions("test", sizes["test"], seed + 2),
     }
     with writing(out, "--out"):
         out.mkdir(parents=True, exist_ok=True)

@@ -166,11 +166,12 @@ def test_the_recipe_runs_at_toy_size(tmp_path, monkeypatch, ran, capsys):  # noq
     """Every stage for two steps, each from the one before; nothing is claimed of its answers."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / RECIPE.parent, RECIPE.parent)
-    sizes = {"text": 200, "answers": 60, "questions": 12, "solutions": 80, "dev": 4, "test": 4}
+    sizes = {"text": 200, "answers": 60, "questions": 12, "solutions": 12, "dev": 4, "test": 4}
     write_arithmetic(Path("data/arithmetic"), sizes=sizes)
     small = {"max_steps": 2, "val_every_steps": 2, "save_every_steps": 2, "micro_batch_size": 8}
     overrides = [f"training.{name}={value}" for name, value in small.items()]
-    overrides += ["data.val_docs=2", "data.train_docs=60", "hardware.threads=1"]
+    overrides += ["training.grad_accum_steps=1", "data.val_fraction=0.2", "data.val_docs=2"]
+    overrides += ["data.train_docs=60", "hardware.threads=1"]
     assert align.main(["--config", str(RECIPE), *overrides]) == 0
     assert [Path(config).stem for config in ran] == [
         *("pretrain", "sft", "sft-longer", "grpo", "verifier"),

@@ -379,8 +379,8 @@ class TrainingModule(L.LightningModule):
         if scaled and math.isfinite(loss) and not math.isfinite(norm):
             return False  # the scaler skips it
         values = {"loss": loss, "gradient norm": norm}
-        infinite = next((name for name, value in values.items() if not math.isfinite(value)), None)
-        found = None if infinite is None else f"the {infinite} is {values[infinite]}"
+        odd = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        found = None if odd is None else f"the {odd} is {values[odd]}"
         if found is None and factor is not None:
             found = spike_in(values, progress.recent, factor)
         if found is None:

@@ -77,7 +77,7 @@ def serve(connection: socket.socket) -> Request:
             os._exit(0)
         while os.getppid() == between:
             time.sleep(0.0005)
-        if os.getppid() != request.parent:  # it asks for orphans for a moment
+        if os.getppid() != request.parent:  # that process was killed meanwhile
             os._exit(1)
         connection.close()
         *streams, reply = descriptors
@@ -91,7 +91,10 @@ def receive(connection: socket.socket, length: int) -> bytes:
     """The next `length` bytes."""
     content = b""
     while len(content) < length:
-        content += connection.recv(length - len(content))
+        part = connection.recv(length - len(content))
+        if not part:  # the process that asks has been killed
+            os._exit(0)
+        content += part
     return content
 
 

@@ -4,8 +4,9 @@ start many, and most of their processor time would go there.
 `Program` is `subprocess.Popen`, `run` is `subprocess.run`, but a command `[sys.executable, "train.py", ...]` (also
 `-m NAME` and `-c CODE`) is forked from a process that has imported what programs import (tests/program_server.py).
 To the test it is a child process as any other. Not the same: the seed of hashes (PYTHONHASHSEED) is that of the warm
-process, and its memory (ru_maxrss) begins with the imported modules. What has to be a real start, because the test is
-about imports, memory, hashes or start-up itself, uses `subprocess`. Elsewhere than on Linux all are real starts.
+process, as are its umask and limits, and its memory (ru_maxrss) begins with the imported modules. What has to be a
+real start, because the test is about imports, memory, hashes or start-up itself, uses `subprocess`. Elsewhere than on
+Linux all are real starts.
 """
 
 import atexit
@@ -20,7 +21,6 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from tests.program_server import LENGTH, Request
 from tinylm.common.platform import STOP_SIGNALS
@@ -65,8 +65,8 @@ class WarmProcess:
         content = pickle.dumps(request)
         prctl = ctypes.CDLL(None).prctl
         with self.lock:
-            # Linux gives an orphan to its nearest ancestor that asks for them: now the program,
-            # later no worker of a killed program, because init ends it properly.
+            # Linux gives an orphan to its nearest ancestor that asks for orphans. This process asks only
+            # while the program becomes its child: the workers of a killed program go to init.
             prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             try:
                 read, write = os.pipe()
@@ -88,7 +88,10 @@ class WarmProcess:
 
     def close(self) -> None:
         """End it, in the process that started it."""
+        atexit.unregister(self.close)
         if os.getpid() == self.owner:
+            # Not only closed: a process that this one has forked may have the connection too.
+            self.connection.shutdown(socket.SHUT_RDWR)
             self.connection.close()
             self.process.communicate()
 
@@ -101,6 +104,9 @@ def warm_process(environment: dict[str, str]) -> WarmProcess | None:
     """That of this process and these variables, started if it is worthwhile: none yet for the first
     program whose variables differ from those of the programs before it.
     """
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE"
+    } | environment  # as the programs set it before torch
     key = frozenset(
         (name, value) for name, value in environment.items() if name.startswith(READ_BY_IMPORTS)
     )
@@ -109,6 +115,7 @@ def warm_process(environment: dict[str, str]) -> WarmProcess | None:
         if warm_processes and key not in seen:
             seen.add(key)
             return None
+        seen.add(key)
         found = WarmProcess(environment)
         for old in list(warm_processes)[: -MOST_WARM_PROCESSES + 1 or None]:
             warm_processes.pop(old).close()
@@ -171,7 +178,27 @@ def can_be_forked(command: list[str], cwd: str) -> bool:
     return command[1] in ("-m", "-c") or os.path.isfile(os.path.join(cwd, command[1]))
 
 
-def run(command: list[Any], **settings: Any) -> subprocess.CompletedProcess:
+def run(
+    command: list[Any],
+    *,
+    input: str | bytes | None = None,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    check: bool = False,
+    **settings: Any,
+) -> subprocess.CompletedProcess:
     """As subprocess.run, by `Program`."""
-    with mock.patch.object(subprocess, "Popen", Program):
-        return subprocess.run(command, check=settings.pop("check", False), **settings)
+    if input is not None:
+        settings["stdin"] = subprocess.PIPE
+    if capture_output:
+        settings |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Program(command, **settings) as process:
+        try:
+            out, err = process.communicate(input, timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,16 @@ def test_a_program_finds_what_a_real_start_finds(settings: dict, form: str, tmp_
     assert (found.returncode, found.stderr) == (0, "")
 
 
+@pytest.fixture
+def own_warm_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No warm process of the tests before."""
+    monkeypatch.setattr(programs, "warm_processes", {})
+    yield
+    for warm in programs.warm_processes.values():
+        warm.close()
+
+
+@pytest.mark.usefixtures("own_warm_process")
 def test_a_program_is_forked_and_is_a_child_of_the_test() -> None:
     """Torch is imported already; poll, send_signal and wait work; killed, it leaves no other process."""
     code = "import sys; print('torch' in sys.modules, flush=True); input()"
@@ -126,6 +137,7 @@ def test_orphans_of_a_killed_program_are_not_left_to_the_test() -> None:
         os.waitpid(orphan, 0)
 
 
+@pytest.mark.usefixtures("own_warm_process")
 def test_the_warm_process_has_one_thread() -> None:
     """A thread would be missing in forked processes, and a lock that it held would be held forever."""
     code = "import os; print(os.getppid())"

@@ -42,7 +42,7 @@ def test_the_check_finds_one_changed_byte_and_changes_nothing(tmp_path, capsys, 
     before = stale.read_bytes()
     assert main(["config-reference", "--folder", str(tmp_path), "--check"]) == 2
     expected = (
-        f"error: {stale}: does not match the settings in tinylm/config/schema.py. Write it again: "
+        f"error: {stale}: does not match the settings in tinylm/config/. Write it again: "
         f"python -m tinylm config-reference.\n"
     )
     assert capsys.readouterr().err == expected

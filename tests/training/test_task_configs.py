@@ -140,7 +140,6 @@ def test_a_task_is_trained_and_evaluated(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sms-gpt2-lora", "samsum-t5-lora", "lora-smollm2"])
 def test_lora_takes_bf16_where_it_is_faster_for_the_shapes_of_its_base(
     name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,6 +159,7 @@ def test_lora_takes_bf16_where_it_is_faster_for_the_shapes_of_its_base(
     assert {key: getattr(sizes, key) for key in expected} == expected
 
 
+@pytest.mark.slow
 def test_own_rows_on_a_model_with_chat_markers(models: Path, tmp_path: Path, capsys: Any) -> None:
     """configs/lora-smollm2.yaml unchanged, and the chat after it."""
     final = run("lora-smollm2", models, tmp_path)

@@ -344,11 +344,13 @@ def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_th
         process = programs.Program(
             command, cwd=programs.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while process.poll() is None and not enough():
-            time.sleep(0.01)
-        assert process.poll() is None, "it must not have ended by itself"
-        process.kill()
-        process.wait()
+        try:
+            while process.poll() is None and not enough():
+                time.sleep(0.01)
+            assert process.poll() is None, "it must not have ended by itself"
+        finally:
+            process.kill()
+            process.wait()
     assert run(config) == 0
     assert_same_run(tmp_path / "calm", tmp_path)
     answers = [

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         if is_stale:
             raise UserError(
                 path,
-                "does not match the settings in tinylm/config/schema.py",
+                "does not match the settings in tinylm/config/",
                 "Write it again: python -m tinylm config-reference",
             )
         print(path)

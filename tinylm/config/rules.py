@@ -2,7 +2,7 @@
 combined, and which need another one.
 
 A rule is data: the settings it is about, a condition under which it is broken, the problem and the
-fix. The first setting is the one that the error names. Each section in `schema.py` has its rules, in
+fix. The first setting is the one that the error names. Each section has its rules, in
 the order in which they are checked; bounds of a single setting are in its field there.
 The rules of the model and of fine-tuning are beside their sections (`model.py`, `finetuning.py`).
 """

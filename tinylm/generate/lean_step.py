@@ -27,8 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.config.model import RopeScalingConfig
-from tinylm.config.schema import ModelConfig
+from tinylm.config.model import ModelConfig, RopeScalingConfig
 from tinylm.model.decoder import (
     AllHeadsNorm,
     Attention,

@@ -91,7 +91,7 @@ def share_one_heap() -> None:
 
 def return_freed_memory() -> None:
     """Return to the kernel what this process has freed, even if `keep_freed_memory` keeps it: after
-    the weights of a model were made smaller. Only glibc.
+    the weights of a model were made smaller, or when a server has no text. Only glibc.
     """
     libc = _glibc()
     if libc is not None:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.conftest import state_of
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, SamplingConfig
+from tinylm.generate import language_model
 from tinylm.generate.chat import format_prompt
 from tinylm.generate.engine import Engine
 from tinylm.generate.language_model import LanguageModel
@@ -67,6 +69,14 @@ def test_the_examples_of_the_page_run(
     for block in blocks:
         exec(compile(block, "docs/PYTHON.md", "exec"), names)  # noqa: S102  (our own page)
     assert "temperature: Input should be greater than or equal to 0" in capsys.readouterr().out
+
+
+def test_the_lazy_function_has_the_arguments_of_the_one_it_calls() -> None:
+    """Names and defaults; help(tinylm.load) shows them without importing torch."""
+    lazy, real = (signature(load).parameters for load in (tinylm.load, language_model.load))
+    assert [(p.name, p.kind, p.default) for p in lazy.values()] == [
+        (p.name, p.kind, p.default) for p in real.values()
+    ]
 
 
 def test_texts_are_those_of_the_engine(base: LanguageModel) -> None:

@@ -62,4 +62,4 @@ def test_a_mistake_beside_it_is_an_error_with_its_line(tmp_path, text):
 
 def test_the_settings_of_our_format_are_those_that_no_other_recipe_has():
     assert set(OWN_FORMAT) <= set(RECIPES["research"]["model"])
-    assert all(ModelConfig.model_fields[name].default is False for name in OWN_FORMAT)
+    assert not any(ModelConfig.model_fields[name].default for name in OWN_FORMAT)

@@ -473,6 +473,7 @@ def test_settings_that_our_decoder_cannot_compute_are_errors(config, words):
         ({"moe": MoEConfig(), **MIXED}, "model.moe: .* nearest, ministral, has null"),
         (GPT2 | MIXED, "model.full_attention_interval: 2 .* nearest, gpt2, has null"),
         ({"input_scalars": True}, "model.input_scalars: true .* llama, has false"),
+        ({"bigram_rows": 9}, "model.bigram_rows: 9 .* llama, has 0"),
         ({"ffn": "relu2"}, 'model.ffn: "relu2" .* llama, has "swiglu"'),
         ({"ffn": "geglu"}, 'model.ffn: "geglu" .* llama, has "swiglu"'),
         ({"query_scalar": 3}, "model.query_scalar: 3 .* llama, has 8"),

@@ -56,6 +56,7 @@ AXES = {
     "bias": ("none", "qkv", "all"),
     "tie_embeddings": (True, False),
     "input_scalars": (False, True),
+    "bigram_rows": (0, 13),
     "scale_embeddings": (False, True),
 }
 # Layers of two kinds; in a model of two layers, the first has the window.
@@ -176,6 +177,8 @@ def slow_row(model: Decoder, ids: Tensor) -> Tensor:
         x = x * math.sqrt(config.d_model)
     if config.position == "learned":
         x = x + model.positions.weight[: len(ids)]
+    if config.bigram_rows:
+        x = x + model.bigram_embedding.weight[slow_bigrams(ids.tolist(), config.bigram_rows)]
     embedded = x
     for layer, block in enumerate(model.blocks):
         if config.input_scalars:
@@ -203,6 +206,15 @@ def slow_row(model: Decoder, ids: Tensor) -> Tensor:
     if config.norm_placement in ("pre", "output", "sandwich"):
         x = slow_norm(model.norm, x, config)
     return x @ (model.embedding if config.tie_embeddings else model.head).weight.T
+
+
+def slow_bigrams(ids: list[int], n_rows: int) -> list[int]:
+    """The row of each token with the one before, in Python's integers, which have no limit."""
+    rows = []
+    for before, token in zip([-1, *ids], ids, strict=False):
+        mixed = ((before + 1) * 2654435761) ^ (token * 805459861)
+        rows.append((mixed ^ (mixed >> 17)) % n_rows)
+    return rows
 
 
 def slow_norm(norm: torch.nn.Module, x: Tensor, config: ModelConfig) -> Tensor:

@@ -82,6 +82,7 @@ def test_it_is_initialized_from_a_decoder():
         ({"position": "alibi"}, "model.position: alibi is not supported with a verifier"),
         ({"sliding_window": 4}, "model.sliding_window: not supported with a verifier"),
         ({"input_scalars": True}, "model.input_scalars: not supported with a verifier"),
+        ({"bigram_rows": 9}, "model.bigram_rows: not supported with a verifier"),
         ({"scale_embeddings": True}, "model.scale_embeddings: not supported with a verifier"),
         ({"moe": {}}, "model.moe: not supported with a verifier. Remove it."),
     ],

@@ -255,6 +255,8 @@ class ModelConfig(Section):
     """multiply the embedding of a token by sqrt(d_model) (Vaswani et al. 2017, section 3.4)"""
     input_scalars: Switch = False
     """each block reads a learned multiple of the residual stream plus one of the embedding (Karpathy 2025, nanochat)"""
+    bigram_rows: Annotated[CountOrZero, Field(le=2**24)] = 0
+    """rows of a hashed embedding of each token with the one before, added to its own (Huang et al. 2025); 0: none"""
     init: Literal["normal", "trunc_normal", "zero_outputs"] = "normal"
     """normal: std 0.02; trunc_normal: std sqrt(2/(in+out)), embedding 1; zero_outputs: blocks add nothing at first"""
     gradient_checkpointing: Switch = False

@@ -336,7 +336,7 @@ class SamplingConfig(Section):
 #
 # What each value brings is in docs/RESULTS.md, what was tried without success in docs/LOG.md.
 
-OWN_FORMAT = ("input_scalars",)
+OWN_FORMAT = ("input_scalars", "bigram_rows")
 """settings of the model that have no place in the files of other programs"""
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
@@ -345,6 +345,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "tie_embeddings": False,
             "init": "zero_outputs",
             "input_scalars": True,
+            "bigram_rows": 16_000,
         },
         "training": {
             "optimizer": "muon",

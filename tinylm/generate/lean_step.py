@@ -38,6 +38,7 @@ from tinylm.model.decoder import (
     MixtureOfExperts,
     activate,
     attention_mask,
+    bigram_hash,
     rotary_cos_sin,
 )
 from tinylm.model.kv_cache import KVCache
@@ -134,6 +135,7 @@ class LeanStep:
     def __init__(self, model: Decoder):
         self.config = config = model.config
         self.embedding = model.embedding.weight
+        self.bigrams = model.bigram_embedding.weight if config.bigram_rows else None
         self.positions = model.positions.weight if config.position == "learned" else None
         self.embedding_scale = config.d_model**0.5 if config.scale_embeddings else None
         self.kinds, self.kind_of_layer = model.kinds, model.kind_of_layer
@@ -160,6 +162,9 @@ class LeanStep:
             x = x * self.embedding_scale
         if self.positions is not None:
             x = x + self.positions[positions.squeeze(-1)]  # (B, D)
+        if self.bigrams is not None:
+            before = cache.ids_before(positions, ids[:, None])  # (B, 1)
+            x = x + self.bigrams[bigram_hash(before[:, 0], ids, len(self.bigrams))]  # (B, D)
         angles: list[Angles] = [None] * len(self.kinds)
         if self.rotations is not None:  # (1, K) each, or (B, 1, K)
             angles = [(cos[positions], sin[positions]) for cos, sin in self.rotations]

@@ -60,6 +60,7 @@ _NO_EXTRAS = {
     "n_sinks": 0,
     "no_rope_interval": None,
     "input_scalars": False,
+    "bigram_rows": 0,
     "scale_embeddings": False,
     "full_attention_interval": None,
     "rope_local_theta": None,

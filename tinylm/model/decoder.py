@@ -10,10 +10,10 @@ Notable features, each one a field of `ModelConfig`:
 - SwiGLU, GeGLU, SiLU, GELU, squared-ReLU feed-forward   - packed documents that do not see each other
 - RMSNorm or LayerNorm, in four placements or none       - mixture of experts without dropped tokens
 - QK norm, per head or over all heads                    - tied or untied embedding and head
-- learned scalars of stream and embedding, per layer
+- learned scalars of stream and embedding, per layer     - hashed embedding of pairs of tokens
 
-In reading order: norms · rotary and ALiBi positions · which keys a query sees (the mask) ·
-attention · feed-forward · block · decoder · sizes and FLOPs. One forward pass serves training,
+In reading order: norms · pairs of tokens · rotary and ALiBi positions · which keys a query sees
+(the mask) · attention · feed-forward · block · decoder · sizes and FLOPs. One forward pass serves training,
 prefill and decoding; the only difference is whether it is given a `KVCache` (kv_cache.py).
 New weights are drawn in initialization.py.
 
@@ -77,6 +77,23 @@ class AllHeadsNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         joined = super().forward(x.transpose(1, 2).flatten(2))  # (B, T, heads · K)
         return joined.unflatten(2, (-1, x.size(-1))).transpose(1, 2)  # (B, heads, T, K)
+
+
+# --- pairs of tokens ------------------------------------------------------------------------------
+
+
+def bigram_hash(before: Tensor, ids: Tensor, n_rows: int) -> Tensor:
+    """The row of the bigram embedding for each token (B, T) with the one before it, which is -1 at
+    the start of a text. Two pairs may share a row.
+
+    What often follows a pair is so known from the first layer on, for the cost of a lookup (Huang
+    et al. 2025, "Over-Tokenized Transformer").
+
+    >>> bigram_hash(torch.tensor([[-1, 5, 7]]), torch.tensor([[5, 7, 5]]), 1000).tolist()
+    [[452, 539, 713]]
+    """
+    mixed = (before + 1) * 2654435761 ^ ids * 805459861  # odd factors: all bits depend on the ids
+    return (mixed ^ mixed >> 17) % n_rows
 
 
 # --- positions: rotary and ALiBi ------------------------------------------------------------------
@@ -597,6 +614,8 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        if config.bigram_rows:
+            self.bigram_embedding = nn.Embedding(config.bigram_rows, config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         # Each block reads a multiple of the stream plus one of the embedding, so that what the token
@@ -660,6 +679,13 @@ class Decoder(nn.Module):
             x = x * math.sqrt(self.config.d_model)  # (B, T, D)
         if self.config.position == "learned":
             x = x + self.positions(positions)  # (B, T, D)
+        if self.config.bigram_rows:
+            if cache is None:  # position 0 starts a text
+                before = torch.where(positions == 0, -1, input_ids.roll(1, dims=1))  # (B, T)
+            else:
+                before = cache.ids_before(positions, input_ids)  # (B, T)
+            pairs = bigram_hash(before, input_ids, self.config.bigram_rows)  # (B, T)
+            x = x + self.bigram_embedding(pairs)  # (B, T, D)
         embedded = x = self.dropout(x)
         # 3. Rotation angles and mask, the same for all layers of a kind.
         contexts = [attention_context(kind, positions, cache) for kind in self.kinds]

@@ -10,6 +10,7 @@
     norms, biases      1, 0            1, 0                1, 0
     stream scalars     1               1                   1
     input scalars      from 0.2 in the first block to 0.05 in the last (Karpathy 2025, nanochat)
+    bigram embedding   0               0                   0
     sink keys, values  N(0, 0.02²)     N(0, 0.02²)         N(0, 0.02²)    at first all look alike
 
 trunc_normal: activations and gradients keep their size from layer to layer (Glorot and Bengio
@@ -41,6 +42,8 @@ def init_weights(model: nn.Module) -> None:
     config = model.config
     for name, weight in model.named_parameters():  # a tied matrix comes once, as the embedding
         if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif name == "bigram_embedding.weight":
             nn.init.zeros_(weight)
         elif name == "input_scalars":
             weight.copy_(torch.linspace(0.2, 0.05, len(weight)))

@@ -69,6 +69,9 @@ class KVCache:
         # Zeros, not empty: a masked value is multiplied by 0, and 0 · NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # The token at each position (B, max_len), for a model that embeds pairs of tokens.
+        n_ids = max_len if config.bigram_rows else 0
+        self.ids = torch.zeros(batch_size, n_ids, dtype=torch.long, device=device)
 
     @property
     def slots(self) -> int:
@@ -177,13 +180,20 @@ class KVCache:
                 self.values[layer, :, :, slots] = values
         return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
 
+    def ids_before(self, positions: Tensor, ids: Tensor) -> Tensor:
+        """Store new tokens (B, T) at their positions; the token before each one, -1 at position 0."""
+        row = torch.arange(len(ids), device=ids.device)[:, None]  # (B, 1)
+        self.ids[row, positions] = ids
+        before = self.ids[row, (positions - 1).clamp(min=0)]  # (B, T)
+        return torch.where(positions == 0, -1, before)
+
     # --- rows ---
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """The rows start to stop - 1: a cache on the same memory, lengths included."""
         view = copy.copy(self)
         view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
-        view.lengths = self.lengths[start:stop]
+        view.ids, view.lengths = self.ids[start:stop], self.lengths[start:stop]
         return view
 
     def can_shorten(self, row: int, length: int) -> bool:
@@ -203,6 +213,7 @@ class KVCache:
             n = length if self.lengths[source] <= self.slots else self.slots
             self.keys[:, target, :, :n] = self.keys[:, source, :, :n]
             self.values[:, target, :, :n] = self.values[:, source, :, :n]
+            self.ids[target] = self.ids[source]
         self.lengths[target] = length
 
     def swap_rows(self, one: int, other: int) -> None:
@@ -213,7 +224,7 @@ class KVCache:
         here, there = [one, other], [other, one]
         self.keys[:, here, :, :n] = self.keys[:, there, :, :n]
         self.values[:, here, :, :n] = self.values[:, there, :, :n]
-        self.lengths[here] = self.lengths[there]
+        self.ids[here], self.lengths[here] = self.ids[there], self.lengths[there]
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats allowed: for samples of one prompt,
@@ -221,11 +232,12 @@ class KVCache:
         """
         self.keys = self.keys[:, rows]
         self.values = self.values[:, rows]
-        self.lengths = self.lengths[rows.cpu()]
+        self.ids, self.lengths = self.ids[rows], self.lengths[rows.cpu()]
 
     def reserve(self, n_rows: int, max_len: int) -> None:
         """Make room for at least so many rows and positions; what is stored stays."""
-        old_keys, old_values, old_lengths = self.keys, self.values, self.lengths
+        old_keys, old_values = self.keys, self.values
+        old_ids, old_lengths = self.ids, self.lengths
         n_layers, B, G, n, K = old_keys.shape
         if n_rows <= B and max_len <= self.max_len:
             return
@@ -235,5 +247,7 @@ class KVCache:
         self.keys, self.values = old_keys.new_zeros(shape), old_values.new_zeros(shape)
         self.keys[:, :B, :, :n] = old_keys
         self.values[:, :B, :, :n] = old_values
+        self.ids = old_ids.new_zeros(n_rows, self.max_len if old_ids.size(1) else 0)
+        self.ids[:B, : old_ids.size(1)] = old_ids
         self.lengths = old_lengths.new_zeros(n_rows)
         self.lengths[:B] = old_lengths

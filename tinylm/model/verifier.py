@@ -147,7 +147,7 @@ def require_encoder_config(config: ModelConfig) -> None:
     if config.sliding_window is not None:
         problem = "not supported with a verifier, whose tokens see the whole text"
         raise UserError("model.sliding_window", problem, "Remove it")
-    for name in ("input_scalars", "scale_embeddings"):
+    for name in ("input_scalars", "bigram_rows", "scale_embeddings"):
         if getattr(config, name):
             raise UserError(f"model.{name}", "not supported with a verifier", "Remove it")
     if config.moe is not None:

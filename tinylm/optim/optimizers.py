@@ -100,7 +100,7 @@ def parameter_groups(
     dimensions but are lists of vectors.
 
     `rates` has the learning rates of modules that have one of their own, by name; each becomes a
-    group. A token that is rare gets a gradient rarely, so an embedding that is to be learned in few
+    group; the embedding of bigrams has the rate of the embedding. A token that is rare gets a gradient rarely, so an embedding that is to be learned in few
     steps needs a higher rate than matrices, which get one from every token.
 
     With `head_dim`, the matrices of attention are groups of Muon with "heads": the size of a head.
@@ -117,8 +117,8 @@ def parameter_groups(
             continue
         if weight.ndim < 2 or last.endswith("bias") or last.startswith("sink"):
             vectors.append(weight)
-        elif path and path[-1] in own and "blocks" not in path:
-            own[path[-1]].append(weight)
+        elif path and (module := path[-1].removeprefix("bigram_")) in own and "blocks" not in path:
+            own[module].append(weight)
         elif muon and head_dim and path[-2:-1] == ["attention"] and path[-1] in by_head:
             by_head[path[-1]].append(weight)
         elif muon and "blocks" in path:

@@ -125,6 +125,15 @@ def test_a_written_value_replaces_its_rule_and_counts_in_the_others(load, overri
     assert {key: value(config, key) for key in expected} == expected
 
 
+def test_a_recipe_chooses_the_optimizer_and_the_rules_its_rates(load):
+    """Its own head_lr, 0.01, is for one width; 128 / 256 here. What is written stays."""
+    Path("r.yaml").write_text("recipe: research\nmodel: {depth: 8}\n", encoding="utf-8")
+    training = load_config("r.yaml").training
+    assert (training.optimizer, training.lr, training.weight_decay) == ("muon", 3e-3, 0.025)
+    assert (training.embedding_lr, training.head_lr, training.decay_ratio) == (0.1, 0.005, 0.4)
+    assert load_config("r.yaml", ["training.head_lr=0.02"]).training.head_lr == 0.02
+
+
 def test_every_rule_has_a_test_of_its_setting():
     """The two tables above name every setting that a rule sets."""
     source = Path(__file__).read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinylm.config.model import ModelConfig, MoEConfig, RopeScalingConfig
+from tinylm.model import decoder
 from tinylm.model.decoder import (
     AttentionContext,
     Decoder,
@@ -800,6 +801,23 @@ def test_without_document_ids_packed_documents_see_each_other():
     model, ids = make(), some_ids(batch=1)
     assert not torch.allclose(model(ids)[:, 6:], model(ids[:, 6:]), atol=1e-3)
     assert_same(model(ids, document_ids=torch.zeros(1, T, dtype=torch.long)), model(ids))
+
+
+@pytest.mark.parametrize("options", [{}, {"n_kv_heads": 2}, MIXED], ids=label)
+def test_documents_one_after_another_give_the_gradients_of_a_mask(options, monkeypatch):
+    """MIXED: only its layer without a window takes them so."""
+    ids, models, splits = some_ids(batch=3), [], []
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * T, list(range(T))])
+    for can_split in (decoder.can_split_documents, lambda config, positions: False):
+        monkeypatch.setattr(decoder, "can_split_documents", can_split)
+        model = make(**options)
+        model(ids, document_ids=documents).square().sum().backward()
+        context = attention_context(model.kinds[-1], positions_in_documents(documents))
+        models.append(model)
+        splits.append(context.document_lengths)
+    assert splits == [[[5, 7], [T], [1] * T], None]
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert_same(ours.grad, theirs.grad)
 
 
 def test_no_gradient_crosses_a_document_border():

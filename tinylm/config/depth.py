@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tinylm.config.rules import RuleError
-from tinylm.config.schema import AUTO, COUNT_LIMIT, Config
+from tinylm.config.schema import AUTO, COUNT_LIMIT, Config, fill_recipe
 
 DEPTH, LAYERS = "model.depth", "model.n_layers"
 ADAMW, MUON = ("adamw", "adamw_plain", "adamw_8bit"), "muon"
@@ -245,8 +245,9 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
     Raises:
         RuleError: `depth` is combined with a setting that says the same, or with a given model.
     """
-    copied = {}
-    for name, section in values.items():
+    # The recipe says for which model and optimizer the rules are; its own rates are for one width.
+    given, copied = Settings(values), {}
+    for name, section in fill_recipe(Config, values).items():
         copied[name] = dict(section) if isinstance(section, dict) else section
     settings = Settings(copied)
     depth = settings.find(DEPTH)
@@ -265,10 +266,10 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
         found = copied.setdefault(section, {})
         if not isinstance(found, dict):
             continue  # an error of its own
-        if found.get(name) is not None:
+        if given.find(rule.key) is not None:
             written.append(f"{name} {found[name]}")
             continue
-        found.pop(name, None)  # null
+        found.pop(name, None)  # null, or that of the recipe
         value = rule.value(settings)
         if value is not None:
             found[name] = value

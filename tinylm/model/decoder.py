@@ -203,6 +203,8 @@ class AttentionContext:
     is_causal: bool
     """whether the kernel applies the plain causal mask itself"""
     cache: KVCache | None
+    document_lengths: list[list[int]] | None = None
+    """of each packed row, if attention takes document by document and needs no mask"""
 
 
 def layer_kinds(config: ModelConfig) -> tuple[list[ModelConfig], list[int]]:
@@ -249,6 +251,9 @@ def attention_context(
         or (window is not None and window < S)
         or (S != T and T > 1)  # several new tokens after cached ones
     )
+    if cache is None and positions.dim() == 2 and can_split_documents(config, positions):
+        lengths = document_lengths(positions)
+        return AttentionContext(positions, cos_sin, None, True, None, lengths)
     if masked:
         mask = attention_mask(config, positions, keys, is_packed=cache is None)
         return AttentionContext(positions, cos_sin, mask, is_causal=False, cache=cache)
@@ -307,6 +312,31 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
+def can_split_documents(config: ModelConfig, positions: Tensor) -> bool:
+    """Whether attention can take packed documents one after another: no scores between documents
+    are computed, which pays on a CPU. Many small calls would be slow on a GPU, a graph that is
+    compiled or traced has fixed shapes, and a bias or a window needs a mask inside the document too.
+    """
+    return (
+        positions.device.type == "cpu"
+        and type(positions) is Tensor  # a traced tensor has no values to read
+        and not torch.compiler.is_compiling()
+        and config.position != "alibi"
+        and config.n_sinks == 0
+        and config.sliding_window is None
+    )
+
+
+def document_lengths(positions: Tensor) -> list[list[int]]:
+    """The lengths of the documents in each row of positions (B, T), which restart at 0.
+
+    >>> document_lengths(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]))
+    [[3, 2], [1, 4]]
+    """
+    end = torch.tensor([positions.size(1)])
+    return [(row == 0).nonzero().flatten().diff(append=end).tolist() for row in positions]
+
+
 # --- attention ------------------------------------------------------------------------------------
 #
 # Heads, here H = 4 query heads (q) and G key/value heads (k, v) under them:
@@ -359,7 +389,9 @@ class Attention(nn.Module):
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(v.dtype)  # the kernels want a bias in the dtype of the values
         lengths = None if context.cache is None else context.cache.row_lengths
-        if lengths is None or mask is None:
+        if context.document_lengths is not None:
+            mixed = self.attend_documents(q, k, v, context.document_lengths)  # (B, H, T, K)
+        elif lengths is None or mask is None:
             mixed = self.attend(q, k, v, mask, context.is_causal)  # (B, H, T, K)
         else:
             # Rows of a batch, each with as many keys as it has.
@@ -371,6 +403,15 @@ class Attention(nn.Module):
             mixed = torch.cat(rows)  # (B, H, T, K)
         # Put the heads side by side again and mix them.
         return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[list[int]]) -> Tensor:
+        """Causal attention (B, H, T, K) within each document of each row."""
+        rows = []
+        # split, as the gradient of a slice would be as large as all rows
+        for *heads, row_lengths in zip(q.split(1), k.split(1), v.split(1), lengths, strict=True):
+            documents = zip(*(x.split(row_lengths, dim=2) for x in heads), strict=True)
+            rows.append(torch.cat([self.attend(*x, None, True) for x in documents], dim=2))
+        return torch.cat(rows)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
@@ -416,8 +457,9 @@ class Attention(nn.Module):
         """The attention weights (B, H, T, n_sinks + S), for plots:
         the fused kernel never stores them.
 
-        softmax(scale · q kᵀ) in fp32; only without a cache.
+        softmax(scale · q kᵀ) in fp32; only without a cache and without packed documents.
         """
+        assert context.cache is None and context.document_lengths is None
         q, k, _ = self.project(x, context)
         scores = q.float() @ repeat_kv(k.float(), self.n_heads).mT * self.scale
         mask = context.attention_mask

@@ -41,9 +41,7 @@ def init_weights(model: nn.Module) -> None:
     """Draw the weights as in the table, module by module, from torch's global generator."""
     config = model.config
     for name, weight in model.named_parameters():  # a tied matrix comes once, as the embedding
-        if name.endswith("bias"):
-            nn.init.zeros_(weight)
-        elif name == "bigram_embedding.weight":
+        if name.endswith("bias") or name == "bigram_embedding.weight":
             nn.init.zeros_(weight)
         elif name == "input_scalars":
             weight.copy_(torch.linspace(0.2, 0.05, len(weight)))

@@ -100,8 +100,9 @@ def parameter_groups(
     dimensions but are lists of vectors.
 
     `rates` has the learning rates of modules that have one of their own, by name; each becomes a
-    group; the embedding of bigrams has the rate of the embedding. A token that is rare gets a gradient rarely, so an embedding that is to be learned in few
-    steps needs a higher rate than matrices, which get one from every token.
+    group, in which the embedding of bigrams is with the embedding. A token that is rare gets a
+    gradient rarely, so an embedding that is to be learned in few steps needs a higher rate than
+    matrices, which get one from every token.
 
     With `head_dim`, the matrices of attention are groups of Muon with "heads": the size of a head.
 

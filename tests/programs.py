@@ -14,6 +14,7 @@ import ctypes
 import inspect
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -33,6 +34,8 @@ READ_BY_IMPORTS = (
     "PYTHON", "PYTORCH", "TOKENIZERS", "TORCH_", "TRANSFORMERS", "XDG",
 )  # fmt: skip
 MOST_WARM_PROCESSES = 2
+# Imports take 15 s of processor time on a busy machine, and its answer after them a millisecond.
+ANSWER_SECONDS = 300
 start_process = subprocess.Popen
 
 
@@ -70,13 +73,18 @@ class WarmProcess:
             prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             try:
                 read, write = os.pipe()
-                with open(read, encoding="ascii") as reply:
+                with open(read, "rb", buffering=0) as reply:
                     try:
                         head = LENGTH.pack(len(content))
                         socket.send_fds(self.connection, [head], [*descriptors, write])
                         self.connection.sendall(content)
                     finally:
                         os.close(write)
+                    if not select.select([reply], [], [], ANSWER_SECONDS)[0]:
+                        self.process.kill()
+                        raise RuntimeError(
+                            f"the program was not started. The warm process was killed: it gave no answer in {ANSWER_SECONDS} s"
+                        )
                     pid = reply.read()
             finally:
                 prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

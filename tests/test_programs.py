@@ -144,3 +144,19 @@ def test_the_warm_process_has_one_thread() -> None:
     programs.run([sys.executable, "-c", code], capture_output=True, check=True)
     *_, warm = programs.warm_processes.values()
     assert len(os.listdir(f"/proc/{warm.process.pid}/task")) == 1
+
+
+@pytest.mark.usefixtures("own_warm_process")
+def test_a_warm_process_that_hangs_ends_the_test_with_a_message(monkeypatch) -> None:
+    """The next program has a new warm process."""
+    code = "print('started')"
+    programs.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    *_, warm = programs.warm_processes.values()
+    warm.process.send_signal(signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "ANSWER_SECONDS", 0.1)
+        with pytest.raises(RuntimeError, match=r"not started\. .* gave no answer in 0\.1 s"):
+            programs.run([sys.executable, "-c", code])
+    assert warm.process.wait() == -signal.SIGKILL
+    done = programs.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "started\n"

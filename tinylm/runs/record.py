@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +69,7 @@ class RunRecord(logging.Handler):
         self.samples: list[dict[str, Any]] = []
         self.sample_listeners: list[Callable[[str, int], None]] = []
         self._config: Config | None = None
+        self._config_text = ""
         self._started: float | None = None  # when training did
         self._seconds_before = 0.0
         self._report_due = 0.0
@@ -130,8 +132,11 @@ class RunRecord(logging.Handler):
             logger.warning(f"warning: the report was not written: {type(error).__name__}: {error}")
 
     def _renew(self, folder: Path, config: Config, started: float) -> None:
-        notes = [f"# {name}: {given} was settled\n" for name, given in self.facts.settled.items()]
-        self._write(CONFIG, "".join(notes) + settings.yaml_text.config_text(config))
+        if not self._config_text:
+            settled = self.facts.settled.items()
+            notes = [f"# {name}: {given} was settled\n" for name, given in settled]
+            self._config_text = "".join(notes) + settings.yaml_text.config_text(config)
+        self._write(CONFIG, self._config_text)
         self.facts.command = command_line()
         self.facts.versions = environment()
         self.facts.updated = time.time()
@@ -174,6 +179,7 @@ def command_line() -> list[str]:
     return [*start, program, *sys.argv[1:]]
 
 
+@cache
 def environment() -> dict[str, str]:
     """The versions and the machine that a result depends on."""
     found = {

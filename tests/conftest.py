@@ -1,5 +1,7 @@
 """Small things that many tests need: a corpus, a config, a run."""
 
+import functools
+import gc
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities import registry
 
 import training  # noqa: F401  (before Lightning, which would import libraries of metrics)
 from tinylm.checkpoint import format as checkpoint_format
@@ -30,6 +33,11 @@ from tinylm.tokens.token_file_writer import TokenFileWriter
 # An example has no time limit of its own: other programs may hold the cores.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+# No test cuts the power: what is written need not reach the disk, which would take a third of a run.
+os.fsync = os.fstat
+# Each Trainer asks every installed package for callbacks of its own.
+registry.entry_points = functools.cache(registry.entry_points)
 
 # What a user has set must not decide a test. The libraries of the hub read it when they are
 # imported, and the modules above import none of them.
@@ -49,6 +57,15 @@ LONGEST = (
     "test_the_commands_of_the_readme_run_as_they_are_typed",
     "test_killed_at_every_seam_of_a_save_the_run_resumes_exactly",
 )
+
+
+gc.disable()  # until all tests are collected: it would look at every module and test again and again
+
+
+def pytest_collection_finish() -> None:
+    """The modules and the tests stay to the end, and are not looked at again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

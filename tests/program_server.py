@@ -52,6 +52,7 @@ def main(descriptor: int) -> None:
         importlib.import_module(name)
     for module in pkgutil.iter_modules(importlib.import_module("training.stages").__path__):
         importlib.import_module(f"training.stages.{module.name}")
+    os.fsync = os.fstat  # no test cuts the power
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy every page
     request = serve(socket.socket(fileno=descriptor))

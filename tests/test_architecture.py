@@ -81,6 +81,9 @@ def room_of(module: str) -> str:
     return next((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), module)
 
 
+parsed = functools.cache(ast.parse)
+
+
 class Import(NamedTuple):
     module: str
     line: int
@@ -113,7 +116,7 @@ def imports(node: ast.AST, at_import: bool = True, in_function: bool = False) ->
 @functools.cache
 def first_party(source: str) -> list[Import]:
     """The imports of modules of this project, those at their first use included."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     found = (*imports(tree), *at_first_use(tree))
     return [one for one in found if one.module in MODULES]
 
@@ -238,7 +241,7 @@ NOT_IN_THE_LIBRARY = {*PROGRAMS, "data", "model", "training"}
 def faults_of_library_file(name: str, source: str) -> Iterator[str]:
     """What `source`, as module `name`, does that the border forbids."""
     in_cli = room_of(name) == "tinylm.cli"
-    for module, line, at_import, _ in imports(ast.parse(source)):
+    for module, line, at_import, _ in imports(parsed(source)):
         top = module.partition(".")[0]
         if top in ("lightning", "pytorch_lightning", "lightning_fabric"):
             yield f"{line}: imports {module}: the library knows no Lightning"
@@ -258,12 +261,12 @@ def faults_of_library_file(name: str, source: str) -> Iterator[str]:
                 "import it in the function that needs it"
             )
     if not in_cli:
-        yield from (f"{line}: prints" for call, line in calls(ast.parse(source)) if call == "print")
+        yield from (f"{line}: prints" for call, line in calls(parsed(source)) if call == "print")
 
 
 def faults_of_any_file(name: str, source: str) -> Iterator[str]:
     """What no file may do but the one named for it."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     # yaml_text.py only writes.
     if name not in ("tinylm.config.yaml_file", "tinylm.config.yaml_text"):
         for found in imports(tree):
@@ -282,18 +285,22 @@ def faults_of_any_file(name: str, source: str) -> Iterator[str]:
                 yield f"{found.line}: imports from torch.serialization"
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_library_keeps_the_border(path):
-    assert list(faults_of_library_file(module_name(path), path.read_text(encoding="utf-8"))) == []
+@pytest.mark.slow
+def test_the_library_keeps_the_border():
+    found = {
+        path: list(faults_of_library_file(module_name(path), path.read_text("utf-8")))
+        for path in LIBRARY
+    }
+    assert {path: faults for path, faults in found.items() if faults} == {}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*SOURCES, *sorted(ROOT.glob("benchmarks/**/*.py"))],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
-def test_one_reader_of_yaml_and_one_of_checkpoints(path):
-    assert list(faults_of_any_file(module_name(path), path.read_text(encoding="utf-8"))) == []
+@pytest.mark.slow
+def test_one_reader_of_yaml_and_one_of_checkpoints():
+    found = {
+        path: list(faults_of_any_file(module_name(path), path.read_text("utf-8")))
+        for path in [*SOURCES, *ROOT.glob("benchmarks/**/*.py")]
+    }
+    assert {path: faults for path, faults in found.items() if faults} == {}
 
 
 @pytest.mark.parametrize(

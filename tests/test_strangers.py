@@ -286,6 +286,7 @@ def test_a_regular_expression_that_takes_forever_is_one_line(hf_folder, capfd, p
     assert "panicked" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(st.sampled_from([".jsonl", ".json"]), st.lists(VALUES, max_size=3), st.binary(max_size=20))
 def test_any_rows_are_read_or_refused(tmp_path_factory, suffix, values, junk) -> None:

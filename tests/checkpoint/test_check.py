@@ -189,6 +189,7 @@ def stopped(make_config: Callable[..., Path], tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "found"),
     [

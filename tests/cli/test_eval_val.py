@@ -47,6 +47,7 @@ def scores(
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_scores_equal_those_of_training(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +80,7 @@ def test_the_loss_is_a_mean_over_tokens_for_any_batch_size(
     assert found["val_bpb"] == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_text_output_is_one_line_with_the_token_count(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +101,7 @@ def test_the_text_output_is_one_line_with_the_token_count(
     )
 
 
+@pytest.mark.slow
 def test_other_validation_data_than_in_training_is_noted(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +121,7 @@ def test_other_validation_data_than_in_training_is_noted(
     assert "note: not the validation data of the training run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_row_length_than_in_the_config_is_noted(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

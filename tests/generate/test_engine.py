@@ -128,6 +128,7 @@ def write(ids: Sequence[int] | str, **settings: object) -> Completion:
 # --- the cache changes nothing --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_greedy_with_cache_equals_greedy_by_full_forward(options):
     """Beyond the context too: 10 tokens of prompt and 60 more in 48 positions make two context shifts."""

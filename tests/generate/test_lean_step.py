@@ -104,6 +104,7 @@ def test_the_weights_of_the_model_are_left_alone():
         assert weight.stride() == before[name][1]
 
 
+@pytest.mark.slow
 def test_a_model_with_adapters_in_training_has_no_lean_step():
     """They are beside the matrices that the lean step reads."""
     pytest.importorskip("peft")

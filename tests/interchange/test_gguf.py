@@ -406,6 +406,7 @@ def tuned(path, inner):
     checkpoint_format.write(path, state | weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "found"),
     [

@@ -281,6 +281,7 @@ def test_a_token_that_a_tokenizer_adds_to_texts_is_not_added_in_the_export(save,
     ] == opening.encode(TEXT)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(st.text())
 def test_bytes_have_the_same_ids_and_text_in_tokenizers(text):

@@ -140,6 +140,7 @@ def test_a_run_starts_from_an_imported_checkpoint_and_does_not_resume_it(
     )
 
 
+@pytest.mark.slow
 def test_an_exported_import_equals_the_published_model(published, tmp_path):
     """After import and export every tensor has the same bits."""
     folder = published("qwen3")

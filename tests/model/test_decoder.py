@@ -137,7 +137,12 @@ def label(options: dict) -> str:
 
 
 EACH = pytest.mark.parametrize("options", single_options(), ids=label)
-COMBINED = pytest.mark.parametrize("options", single_options() + pairwise(), ids=label)
+# The quick tier has each option alone.
+COMBINED = pytest.mark.parametrize(
+    "options",
+    [*single_options(), *(pytest.param(row, marks=pytest.mark.slow) for row in pairwise())],
+    ids=label,
+)
 
 
 def make(spread: float = 0.3, **options) -> Decoder:

@@ -122,6 +122,7 @@ def test_logits_sizes_and_cache_equal_those_of_transformers(
     assert torch.allclose(last, expected[order, 8:], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_greedy_text_equals_that_of_generate(kind: str) -> None:
     """The oracle is transformers' own decoding; 30 tokens from 6."""
@@ -522,6 +523,7 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 # --- batches ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_texts_of_different_lengths_decode_together_as_each_alone(kind: str) -> None:
     """Padded on the left where the cache holds keys and values only; windows of 5 positions too. Texts join and
@@ -541,6 +543,7 @@ def test_texts_of_different_lengths_decode_together_as_each_alone(kind: str) -> 
     assert model.can_pad == (kind in KINDS or kind == "gpt_oss")
 
 
+@pytest.mark.slow
 def test_a_deterministic_engine_reads_the_rows_of_a_hugging_face_model_one_by_one() -> None:
     """So a text is the same to the last bit beside others, and after them."""
     model = HFModel(random_model("llama")).eval()

@@ -22,8 +22,10 @@ from tinylm.model.lora import (
 )
 from tinylm.model.nf4 import block_scales
 
-pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.slow  # the first import of bitsandbytes and peft takes seconds
+pytestmark = [
+    pytest.mark.slow,  # the first import of bitsandbytes and peft takes seconds
+    pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes"),
+]
 
 NF4 = LoraConfig(r=4, alpha=8.0, base_weights="nf4")
 

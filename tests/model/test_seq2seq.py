@@ -164,6 +164,7 @@ def rows() -> dict[str, torch.Tensor]:
     return {"input_ids": inputs, "labels": labels}
 
 
+@pytest.mark.slow
 def test_rows_are_split_into_inputs_of_encoder_and_decoder(pair: Any) -> None:
     """By hand: prompts end with EOS, then -100 as padding; the decoder starts with its start id, and the labels
     are answer and EOS.
@@ -225,6 +226,7 @@ def test_greedy_texts_equal_those_of_transformers(pair: Any, prompt: str) -> Non
     assert len(set(theirs)) > 3
 
 
+@pytest.mark.slow
 def test_beams_and_samples_share_one_prompt(pair: Any) -> None:
     """One beam is greedy; each sample equals the one drawn alone; several beams find a text at least as probable
     as greedy.
@@ -270,6 +272,7 @@ def test_the_score_of_a_target_is_the_decoders(pair: Any) -> None:
         assert score.prompt_perplexity is None
 
 
+@pytest.mark.slow
 def test_texts_can_be_longer_than_the_decoders_positions(home: Path) -> None:
     """Context shift: the decoder reads the end of its text again, the encoder the prompt. Finished texts do not
     affect the others.
@@ -314,6 +317,7 @@ def test_misuse_of_an_encoder_decoder_is_a_value_error(pair: Any) -> None:
         model.features(torch.tensor([[1]]))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_rebuilds_the_model(pair: Any) -> None:
     """From settings and weights as in a checkpoint: equal weights and logits, and the head is tied or not as before."""
     model, _ = pair
@@ -331,6 +335,7 @@ def test_a_checkpoint_rebuilds_the_model(pair: Any) -> None:
 # --- adapters ---
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_adapters_merge_can_be_disabled_and_fit_the_architecture(home: Path) -> None:
     """D8: self- and cross-attention and the feed-forward; merged equals separate, disabled equals the base exactly."""
@@ -488,6 +493,7 @@ def test_a_decoder_learns_the_answer_alone(
     assert re.search(r"⟧\w.*</s>", shown), "no newline or space between the prompt and the answer"
 
 
+@pytest.mark.slow
 def test_conversations_with_several_answers_are_logged(
     make: Any, tmp_path: Path, capsys: Capture
 ) -> None:

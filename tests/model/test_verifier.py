@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig
@@ -211,6 +210,8 @@ def test_a_number_keeps_its_form_and_text_without_one_has_no_wrong_answer():
     )
 )
 def test_the_area_under_the_curve_is_that_of_scikit_learn(rows):
+    from sklearn.metrics import roc_auc_score  # a second of imports
+
     scores, right = (np.array(column) for column in zip(*rows, strict=True))
     assert area_under_curve(scores / 5, right) == pytest.approx(roc_auc_score(right, scores))
 

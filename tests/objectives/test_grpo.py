@@ -112,6 +112,7 @@ def test_log_probabilities_and_entropy_are_those_of_the_tempered_softmax() -> No
 REWARD = st.floats(-100, 100, allow_nan=False, width=32)
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(REWARD, min_size=4, max_size=4), min_size=1, max_size=5), st.booleans())
 def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(
     rewards: list[list[float]], normalize_std: bool
@@ -137,6 +138,7 @@ def test_a_group_without_spread_has_exactly_no_advantage(
         assert has_spread(rewards).tolist() == [False]
 
 
+@pytest.mark.slow
 @given(st.lists(REWARD, min_size=4, max_size=4), st.floats(0.1, 10), REWARD)
 def test_normalized_advantages_do_not_depend_on_the_unit_of_the_reward(
     rewards: list[float], scale: float, shift: float

@@ -459,6 +459,7 @@ def test_set_lr_multiplies_each_groups_own_peak() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.0625, 0.0625]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_exact(kind: Any) -> None:
     """Five steps equal three, a save, a load (weights_only) into a new model, and two: to the last bit."""
@@ -569,6 +570,7 @@ def test_an_absurd_learning_rate_shows_in_the_loss(kind: Any) -> None:
     assert not all(loss < 1e3 for loss in losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_optimizer_learns(kind: Any) -> None:
     """Overfit one batch: 40 steps take the loss from ln 31 = 3.4 to less than half."""

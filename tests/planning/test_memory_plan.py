@@ -83,6 +83,7 @@ def test_only_the_visited_experts_are_active():
     assert plan_run(settings(), "cpu").active_parameters == plan_run(settings(), "cpu").parameters
 
 
+@pytest.mark.slow
 def test_work_and_files_are_counted():
     """10 steps of 3 micro-batches of 2 rows of 16 tokens are 960; keep_last, the best one and the one in the making."""
     planned = plan_run(settings({"training.grad_accum_steps": 3}), "cpu")
@@ -265,6 +266,7 @@ def test_ddp_holds_every_gradient_a_second_time():
     assert plan_run(settings({"hardware.devices": 2, "hardware.strategy": "ddp"}), "cpu") == two
 
 
+@pytest.mark.slow
 def test_fsdp_divides_weights_and_optimizer_and_holds_some_blocks_whole():
     """Each with its gradient: two blocks, and what is no block."""
     alone = plan_run(settings(), "cpu")

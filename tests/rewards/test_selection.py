@@ -61,6 +61,7 @@ def test_a_row_has_the_prompt_or_the_messages_and_the_answer() -> None:
     }
 
 
+@pytest.mark.slow
 def test_sampled_answers_become_rows_that_finetune_reads(
     make: Make,  # noqa: F811
     home: Path,  # noqa: F811

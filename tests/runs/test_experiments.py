@@ -103,6 +103,7 @@ def test_every_run_is_a_step_per_seed():
     )
 
 
+@pytest.mark.slow
 def test_the_command_of_every_step_is_valid(monkeypatch):
     """Settings and tasks are checked; the checkpoints that steps load do not exist yet."""
     monkeypatch.chdir(ROOT)
@@ -170,6 +171,7 @@ def test_a_step_with_a_result_is_not_run_again(project, run_all):
     assert runs_of() == 1
 
 
+@pytest.mark.slow
 def test_a_result_without_a_record_is_run_again(project, run_all):
     """As after a kill: train.py resumes the run or reports that it is complete."""
     step = step_of(project)
@@ -245,6 +247,7 @@ def test_a_step_without_its_optional_package_is_left_out(project, run_all):
     )
 
 
+@pytest.mark.slow
 def test_a_failed_step_is_logged_with_its_error_and_the_next_is_run(project, run_all):
     first = step_of(project, "a", "sys.exit('error: no such thing.')")
     outcome, logged = run_all(first, step_of(project, "b"))
@@ -253,6 +256,7 @@ def test_a_failed_step_is_logged_with_its_error_and_the_next_is_run(project, run
     assert not first.record.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_step_is_a_failure_and_the_next_is_run(project, run_all):
     """As when out of memory: 128 + 9. Only SIGINT and SIGTERM stop all steps."""
     outcome, logged = run_all(

@@ -84,6 +84,7 @@ def test_a_cache_of_fixed_size_gives_losses_beyond_max_seq_len(loaded, monkeypat
     assert np.isfinite(loss_by_position(loaded, CacheSetting("a", 17, 3))).all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_positions_beyond_the_end_of_the_text_have_no_loss(loaded, monkeypatch):
     monkeypatch.setattr(measure, "LONG_ROW", 4000)

@@ -115,6 +115,7 @@ def test_smoothed_values_are_means_of_the_last_window():
         np.testing.assert_allclose(smoothed(values, window), expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_a_figure_has_a_labeled_line_per_run_and_names_the_smoothing():
     runs = [
         Run(name, np.arange(1.0, 41), {"train_loss": np.linspace(4, start, 40)})

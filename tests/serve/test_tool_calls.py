@@ -36,6 +36,7 @@ def test_an_answer_has_the_results_and_usage_counts_them(client: openai.OpenAI) 
     assert streamed == TEXT.strip()
 
 
+@pytest.mark.slow
 def test_a_plain_completion_has_them_too(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="chat", prompt="x" * 30, temperature=0, max_tokens=len(SCRIPT), logprobs=1

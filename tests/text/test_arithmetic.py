@@ -42,6 +42,7 @@ def texts_of(folder: Path, *names: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_sum_in_every_file_is_right(folder):
     """The oracle is Python's own arithmetic on each `...=...` that is written."""
     n = 0

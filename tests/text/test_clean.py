@@ -78,6 +78,7 @@ def kept_numbers(path: Path, out: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_planted_documents_are_found_and_nothing_else(planted, tmp_path):
     """Recall and precision of each reason are 1, and the first of equal documents is kept."""
     path, expected = planted

@@ -86,6 +86,7 @@ def n_calls(learn: Callable[[], object]) -> int:
     return calls["call"] + calls["c_call"]
 
 
+@pytest.mark.slow
 def test_learning_costs_little_more_for_ten_times_the_text(small_text):
     """It counts the words of a text in one call each chunk, and merges each distinct word once."""
     short = small_text[:13_000]

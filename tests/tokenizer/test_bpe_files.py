@@ -70,6 +70,7 @@ def test_transformers_reads_the_same_tokenizer(folder, small_text):
     )
 
 
+@pytest.mark.slow
 def test_a_regular_expression_is_in_tokenizer_json_and_the_ids_are_the_librarys(
     tmp_path, small_text
 ):

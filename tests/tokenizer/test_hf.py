@@ -270,6 +270,7 @@ def test_text_never_becomes_a_special_token(tokenizer, text):
     ] == []
 
 
+@pytest.mark.slow
 @given(texts_with_specials)
 def test_text_that_spells_special_tokens_round_trips(text):
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text

@@ -34,6 +34,7 @@ def tokenizer(learned) -> HFTokenizer:
     return HFTokenizer(learned.backend(), eos=learned.eos, pad=learned.pad)
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_ids_though_the_librarys_order_differs(learned, small_text):
     """The tokens and scores are the library's; bytes that it puts back have one score."""
     again = learn_unigram(small_text.splitlines(), 500, Pretokenizer())

@@ -45,6 +45,7 @@ def distill(make: Make, home: Path) -> Make:  # noqa: F811
     return write
 
 
+@pytest.mark.slow
 def test_a_step_is_the_mixed_loss_and_the_teacher_has_no_dropout(
     distill: Make, monkeypatch: Patch
 ) -> None:

@@ -378,6 +378,7 @@ def test_the_three_references_give_the_same_losses(prefer: Make, tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_the_reference_has_no_dropout_whatever_the_trainer_asks(
     prefer: Make, monkeypatch: Patch
 ) -> None:
@@ -563,6 +564,7 @@ def test_two_processes_share_the_pairs(prefer: Make, tmp_path: Path) -> None:
 # --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(
     prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -591,6 +593,7 @@ def test_a_step_that_is_skipped_leaves_its_columns_empty(
         assert [row[name] == "" for row in rows][:3] == [False, True, False], name
 
 
+@pytest.mark.slow
 def test_an_infinite_gradient_stops_the_run(
     prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:

@@ -676,6 +676,7 @@ def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
     assert isinstance(checkpoint_load.load_model(tmp_path / "second" / "final.ckpt").model, HFModel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hf_model", "dora"), [(False, False), (True, False), (True, True)])
 def test_plain_peft_loads_a_saved_adapter(
     hf_model: bool, dora: bool, make: Make, home: Path, tmp_path: Path
@@ -1039,6 +1040,7 @@ def test_another_run_is_not_resumed(
     assert ("--allow-changes" in message) == (not fatal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train_on", "warns"), [("response", True), ("all", False)])
 def test_questions_of_both_splits_are_told(
     train_on: str, warns: bool, make: Make, tmp_path: Path, capsys: Capture
@@ -1066,6 +1068,7 @@ def test_a_checkpoint_that_is_older_than_a_setting_can_be_resumed() -> None:
     assert changed_settings(was, now) == {}
 
 
+@pytest.mark.slow
 def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
     """A10: the rows are compared by what they are encoded to."""
     shutil.copy(home / "rows.jsonl", tmp_path / "rows.jsonl")

@@ -224,8 +224,8 @@ class TrainingConfig(Section):
     """Muon's momentum"""
     muon_per_head: Switch = False
     """muon: each attention head of the matrices by itself (MuonSplit; Zhang et al. 2026), which is faster"""
-    muon_rounds: Literal["jordan", "polar_express"] = "jordan"
-    """muon: five rounds with one polynomial (Jordan 2024), or four with one each (Amsel et al. 2025)"""
+    muon_rounds: Literal["jordan", "polar_express", "polar_express_3"] = "jordan"
+    """muon: five rounds with one polynomial (Jordan 2024), or four or three with one each (Amsel et al. 2025)"""
     weight_decay: Annotated[Number, Field(ge=0, le=100)] = 0.1
     """decoupled weight decay, only for matrices"""
     grad_clip: Annotated[Number, Field(gt=0)] | None = 1.0
@@ -350,7 +350,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "training": {
             "optimizer": "muon",
             "muon_per_head": True,
-            "muon_rounds": "polar_express",
+            "muon_rounds": "polar_express_3",
             "lr": 3e-3,
             "embedding_lr": 0.1,
             "head_lr": 0.01,

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw as torch_adamw
 
 # adamw_8bit is imported at its first use
 from tinylm import optim
@@ -39,7 +40,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `training.optimizer` names, over all trained weights of `model`.
 
-    `fused` selects torch's one-kernel AdamW; the optimizers written out here have no such form.
+    `fused` selects torch's one-kernel AdamW, also for the weights that Muon leaves to AdamW; the
+    other optimizers written out here have no such form.
     Each group has a `peak_lr`, the learning rate that the schedule's multiplier scales.
     """
     kind = training.optimizer
@@ -66,7 +68,8 @@ def make_optimizer(
         for group in groups:
             group.setdefault("lr", training.muon_lr if group["muon"] else training.lr)
         muon = {"momentum": training.momentum, "rounds": training.muon_rounds, "heads": None}
-        optimizer = WeightwiseOptimizer(groups, adamw_update, **adamw, **muon)
+        update = fused_adamw_update if fused else adamw_update
+        optimizer = WeightwiseOptimizer(groups, update, **adamw, **muon)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
@@ -218,6 +221,22 @@ def adamw_update(
     weight.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
 
 
+def fused_adamw_update(
+    weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> None:
+    """`adamw_update` in torch's one kernel, which reads every number once, with the same state."""
+    if not state:
+        state.update(t=0, m=torch.zeros_like(weight), v=torch.zeros_like(weight))
+    beta1, beta2 = group["betas"]
+    lists = [weight], [grad], [state["m"]], [state["v"]], []
+    t = torch.tensor(float(state["t"]), device=weight.device)
+    settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+    torch_adamw(
+        *lists, [t], fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **settings
+    )
+    state["t"] += 1
+
+
 def muon_update(weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     """One step of Muon for a matrix, or for each matrix (E, rows, columns) of a stack.
 
@@ -258,18 +277,20 @@ def muon_update(weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict
 # which the update does not need.
 # polar_express: each round has the best polynomial for what the rounds before leave (Amsel et al.
 # 2025, algorithm 1, from 0.01, with their safety factor of 1.02 and cushion of 0.024): four rounds
-# bring the same values to between 0.98 and 1.02.
+# bring the same values to between 0.98 and 1.02, the first three to between 0.69 and 1.29.
+POLAR_EXPRESS = (
+    (7.8327, -21.4358, 15.1063),
+    (3.5821, -2.5766, 0.4872),
+    (2.6514, -1.8963, 0.4135),
+    (1.9772, -1.3594, 0.3861),
+)
 ROUNDS = {
     "jordan": ((3.4445, -4.7750, 2.0315),) * 5,
-    "polar_express": (
-        (7.8327, -21.4358, 15.1063),
-        (3.5821, -2.5766, 0.4872),
-        (2.6514, -1.8963, 0.4135),
-        (1.9772, -1.3594, 0.3861),
-    ),
+    "polar_express": POLAR_EXPRESS,
+    "polar_express_3": POLAR_EXPRESS[:3],
 }
 # Above 1, polar_express diverges at once: room for the rounding of the norm.
-MARGIN = {"jordan": 1.0, "polar_express": 1.01}
+MARGIN = {"jordan": 1.0, "polar_express": 1.01, "polar_express_3": 1.01}
 # A matrix of a smaller norm is not scaled up to 1; zero stays zero.
 SMALLEST = 1e-7
 
@@ -293,8 +314,10 @@ def orthogonalize(matrix: Tensor, rounds: str = "jordan") -> Tensor:
     tall = matrix.size(-2) > matrix.size(-1)
     x = matrix.mT if tall else matrix  # (..., r, c) with r <= c
     # In bf16 the rounding of G would grow from round to round.
-    by_gram = x.size(-1) > 1.5 * x.size(-2) and x.dtype != torch.bfloat16
-    x = _rounds_on_gram(x, rounds) if by_gram else _rounds(x, rounds)
+    if x.size(-1) > 1.5 * x.size(-2) and x.dtype != torch.bfloat16:
+        factor = _rounds_on_gram(x, rounds)  # (..., r, r), symmetric: also (factor @ x).mT
+        return matrix @ factor if tall else factor @ matrix
+    x = _rounds(x, rounds)
     return x.mT if tall else x
 
 
@@ -310,7 +333,9 @@ def _rounds(x: Tensor, rounds: str) -> Tensor:
 
 
 def _rounds_on_gram(x: Tensor, rounds: str) -> Tensor:
-    """The same for c > 1.5 r; all P are polynomials of one G, so that their order is free."""
+    """The product of all P (..., r, r), divided by the norm of x (..., r, c); all P are polynomials
+    of one G, so that their order is free.
+    """
     first, *others = ROUNDS[rounds]
     gram = symmetric_product(x, x.mT)  # (..., r, r): X Xᵀ
     # The trace of X Xᵀ is the square of the Frobenius norm: no pass over X is needed for it.
@@ -322,7 +347,7 @@ def _rounds_on_gram(x: Tensor, rounds: str) -> Tensor:
         gram = symmetric_product(symmetric_product(factor, gram), factor)
         factor = _factor(gram, polynomial)
         product = symmetric_product(factor, product)
-    return product.div(norm) @ x  # (..., r, c)
+    return product.div(norm)
 
 
 def _factor(gram: Tensor, polynomial: tuple[float, float, float]) -> Tensor:

@@ -374,7 +374,7 @@ def test_a_run_of_the_research_recipe_says_its_limit_first_and_resumes_exactly(
     config, calm = make_config(**HARD), tmp_path / "calm"
     assert run(config, "recipe=research", *elsewhere(calm)) == 0
     first = capsys.readouterr().err.splitlines()[0]
-    own = "model.input_scalars, model.bigram_rows"
+    own = "model.input_scalars and model.bigram_rows"
     assert first == f"cannot be exported to hf or gguf: a model with {own}"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3 * 2 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

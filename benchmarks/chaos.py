@@ -3,6 +3,7 @@
     python benchmarks/chaos.py                                  2 rounds of every kind
     python benchmarks/chaos.py --kinds kill --rounds 10         only kill -9 at random moments
     python benchmarks/chaos.py --kinds seam_kill --rounds 200   at one seam after the other
+    python benchmarks/chaos.py --kinds kill --recipe research   with Muon, and what goes with it
 
 Kinds:
     kill        kill -9 at random moments, up to three times
@@ -56,6 +57,7 @@ from tinylm.common.platform import STOP_SIGNALS  # noqa: E402
 from tinylm.runs.metrics_csv import MEASURED  # noqa: E402
 
 CONFIG = """
+recipe: {recipe}
 model:
   {{n_layers: 1, d_model: 16, n_heads: 2, max_seq_len: 32,
    residual_dropout: 0.1, attention_dropout: 0.1}}
@@ -95,6 +97,7 @@ class Run:
 
     folder: Path
     steps: int
+    recipe: str
     stream: bool = False
     workers: int = 0
 
@@ -428,6 +431,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="cases of each kind (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all cases (default: 0)")
     parser.add_argument("--steps", type=int, default=14, help="optimizer steps (default: 14)")
+    parser.add_argument("--recipe", default="default", help="as in a config (default: default)")
     parser.add_argument("--max-seconds", type=float, help="start no further case after this time")
     parser.add_argument(
         "--break-resume",
@@ -447,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + (args.max_seconds or float("inf"))
     counts = {kind: [0, 0, 0] for kind in args.kinds}
     with tempfile.TemporaryDirectory() as name:
-        warm_up(Run(Path(name) / "warm-up", 1))
+        warm_up(Run(Path(name) / "warm-up", 1, args.recipe))
         for number in range(args.rounds):
             for kind in args.kinds:
                 if time.monotonic() < deadline:
@@ -480,8 +484,8 @@ def try_case(kind: str, number: int, args: argparse.Namespace, folder: Path) -> 
     """
     rng = random.Random(f"{args.seed}/{kind}/{number}")
     stream, workers = rng.random() < 0.3, int(rng.random() < 0.3)
-    reference = undisturbed(folder, args.steps, stream)
-    run = Run(folder / f"{kind}-{number}", args.steps, stream, workers)
+    reference = undisturbed(folder, args.steps, args.recipe, stream)
+    run = Run(folder / f"{kind}-{number}", args.steps, args.recipe, stream, workers)
     how, survived, differences = kind, False, []
     try:
         how = FAULTS[kind](run, reference, rng, number)
@@ -503,9 +507,9 @@ def try_case(kind: str, number: int, args: argparse.Namespace, folder: Path) -> 
 
 
 @cache
-def undisturbed(folder: Path, steps: int, stream: bool) -> Undisturbed:
+def undisturbed(folder: Path, steps: int, recipe: str, stream: bool) -> Undisturbed:
     """Train the run that nothing disturbs, and count its seams."""
-    run = Run(folder / f"undisturbed-{stream}", steps, stream)
+    run = Run(folder / f"undisturbed-{stream}", steps, recipe, stream)
     run.folder.mkdir(parents=True)
     calls = os.open(run.folder / "seams.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     code = run.finish(fault=lambda: watch_seams(run, lambda: os.write(calls, b".") and None))

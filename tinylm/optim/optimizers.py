@@ -102,10 +102,9 @@ def parameter_groups(
     is one matrix to Muon. The experts' biases (E, F) and the sinks (G, n_sinks, K) have several
     dimensions but are lists of vectors.
 
-    `rates` has the learning rates of modules that have one of their own, by name; each becomes a
-    group, in which the embedding of bigrams is with the embedding. A token that is rare gets a
-    gradient rarely, so an embedding that is to be learned in few steps needs a higher rate than
-    matrices, which get one from every token.
+    `rates` has the learning rates of modules with one of their own, by name; each is a group, and
+    bigrams are with the embedding. A rare token gets a gradient rarely, so an embedding that is to
+    be learned in few steps needs a higher rate than matrices, which get one from every token.
 
     With `head_dim`, the matrices of attention are groups of Muon with "heads": the size of a head.
 

@@ -34,8 +34,6 @@ from tinylm.interchange.hf_export import export_hf  # noqa: E402
 from tinylm.rewards.table import RewardSum  # noqa: E402
 
 PROMPTS, GROUP, NEW_TOKENS = 4, 8, 32
-Times = dict[str, list[float]]
-"""seconds of each step: whole, processor, sampling, scoring"""
 
 
 class Clock:

@@ -128,7 +128,10 @@ def ask_models(test: HeldOutTest, stages: list[PipelineStage]) -> dict[str, Any]
 def verifier_of(stage: PipelineStage, stages: list[PipelineStage]) -> PipelineStage | None:
     """The verifier that was trained on answers of this stage's model; None if there is none."""
     for other in stages:
-        if other.kind == "verifier" and any(stage.holds(base) for base in other.bases):
+        verifier = other.config.verifier
+        if verifier is None or verifier.sampled_from is None:
+            continue
+        if stage.holds(verifier.sampled_from):
             return other
     return None
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import AttentionContext, Decoder
-from tinylm.model.verifier import Verifier
+from tinylm.model.verifier import NextTokenVerifier, Verifier
 from tinylm.objectives.verifier import (
     VerifierScore,
     area_under_curve,
@@ -264,3 +264,48 @@ def test_the_interval_of_the_accuracy_is_wilsons():
     right = np.arange(100) < 50
     score = VerifierScore.of(np.where(np.arange(100) < 60, right, ~right).astype(float), right)
     assert score.accuracy == 0.6 and [round(end, 3) for end in score.interval] == [0.502, 0.691]
+
+
+def make_next_token(**options) -> NextTokenVerifier:
+    torch.manual_seed(0)
+    return NextTokenVerifier(ModelConfig(**(TINY | options))).eval()
+
+
+@pytest.mark.parametrize("options", [*SHAPES, {"tie_embeddings": False}], ids=str)
+def test_kind_decoder_begins_with_the_odds_of_the_decoders_next_token(options):
+    """The oracle is the decoder: log-odds (1 - p) / p of each token after those before it, minus
+    log T.
+    """
+    torch.manual_seed(1)
+    decoder, model = Decoder(ModelConfig(**(TINY | options))).eval(), make_next_token(**options)
+    model.init_from_decoder(decoder)
+    ids = torch.tensor([[3, 4, 5, 6, 0], [7, 3, 3, 9, 2]])
+    mask = torch.tensor([[True] * 4 + [False], [True] * 5])
+    p = decoder(ids).softmax(dim=-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    expected = ((1 - p) / p).log() - mask.sum(dim=1, keepdim=True).log()
+    found = model.error_logits(ids, mask)
+    torch.testing.assert_close(found[1, 1:], expected[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0, 1:4], expected[0, :3], atol=1e-4, rtol=1e-4)
+    assert found[0, 4] == -torch.inf and bool((found[:, 0] < -20).all())
+
+
+def test_a_token_of_kind_decoder_sees_nothing_after_it():
+    """A changed token changes its own odds and those after it; padding changes nothing."""
+    model = make_next_token()
+    ids, mask = torch.tensor([[3, 4, 5, 6, 0, 0]]), torch.tensor([[True] * 4 + [False] * 2])
+    before = model.error_logits(ids, mask)
+    changed = ids.clone()
+    changed[0, 2] = 7
+    differs = (model.error_logits(changed, mask) - before).abs() > 1e-6
+    assert differs[0, :4].tolist() == [False, False, True, True]
+    torch.testing.assert_close(model(ids[:, :4], mask[:, :4]), model(ids, mask))
+
+
+def test_the_error_head_of_kind_decoder_learns_from_the_state_before_a_token():
+    """Its gradient is not 0, and a token of probability 1 has finite odds."""
+    model = make_next_token()
+    ids, mask = torch.tensor([[3, 4, 5, 6]]), torch.ones(1, 4, dtype=torch.bool)
+    error_mask = torch.tensor([[False, False, True, False]])
+    verifier_loss(model.error_logits(ids, mask), torch.tensor([0]), error_mask).backward()
+    assert bool((model.suspicion.weight.grad != 0).any())
+    assert bool((model.head.weight.grad != 0).any())

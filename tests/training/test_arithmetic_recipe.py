@@ -166,7 +166,7 @@ def test_the_recipe_runs_at_toy_size(tmp_path, monkeypatch, ran, capsys):  # noq
     """Every stage for two steps, each from the one before; nothing is claimed of its answers."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / RECIPE.parent, RECIPE.parent)
-    sizes = {"text": 200, "answers": 60, "questions": 12, "solutions": 12, "dev": 4, "test": 4}
+    sizes = {"text": 200, "answers": 60, "questions": 12, "graded": 36, "dev": 4, "test": 4}
     write_arithmetic(Path("data/arithmetic"), sizes=sizes)
     small = {"max_steps": 2, "val_every_steps": 2, "save_every_steps": 2, "micro_batch_size": 8}
     overrides = [f"training.{name}={value}" for name, value in small.items()]

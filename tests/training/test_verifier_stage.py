@@ -283,10 +283,17 @@ def test_its_tokenizer_is_learned_from_problems_and_answers(
 
 
 @pytest.mark.slow
-def test_it_starts_from_the_weights_of_a_decoder(make: Make, writer: Path, tmp_path: Path) -> None:
-    """With a learning rate of next to nothing the blocks are still the decoder's."""
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_it_starts_from_the_weights_of_a_decoder(
+    kind: str, make: Make, writer: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of next to nothing the blocks are still the decoder's, and the head of
+    kind decoder too.
+    """
     config = make(
-        model={"n_layers": 1}, training={"init_from": str(writer), "lr": 1e-30, "max_steps": 1}
+        model={"n_layers": 1},
+        training={"init_from": str(writer), "lr": 1e-30, "max_steps": 1},
+        verifier={"kind": kind},
     )
     assert run(config) == 0
     loaded, base = (
@@ -294,22 +301,25 @@ def test_it_starts_from_the_weights_of_a_decoder(make: Make, writer: Path, tmp_p
         checkpoint_format.read(writer)["weights"],
     )
     ours = loaded.model.state_dict()
-    assert all(
-        torch.equal(ours[name], base[name]) for name in ours if not name.startswith("suspicion.")
-    )
+    assert ("head.weight" in ours) == (kind == "decoder")
+    for name in ours:
+        assert name.startswith("suspicion.") or torch.equal(ours[name], base[name]), name
 
 
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_a_stopped_run_goes_on_to_the_last_bit(
-    make: Make, tmp_path: Path, monkeypatch: Patch
+    kind: str, make: Make, writer: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """A12, C1: SIGTERM in the second of three micro-batches of step 4, with dropout; then equal to
     an uninterrupted run.
     """
     config = make()
+    if kind == "decoder":
+        config = make(training={"init_from": str(writer)}, verifier={"kind": kind})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), VerifierModule)
@@ -478,6 +488,11 @@ def test_a_hugging_face_model_is_refused(make: Make, tmp_path: Path, capsys: Cap
         (
             "verifier.sampled_from=x",
             "verifier.n_sampled: must be at least 1 if sampled_from is set, got 0.",
+        ),
+        (
+            "verifier.kind=decoder",
+            "verifier.kind: a verifier of kind decoder begins with the "
+            "predictions of a trained model. Set training.init_from, or verifier.kind to encoder.",
         ),
         (
             "lora.r=4",

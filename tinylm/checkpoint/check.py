@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from tinylm import model as models
 from tinylm.checkpoint.old_schemas import SCHEMA, upgrade
 from tinylm.common.errors import DamagedError, UserError, first_line
+from tinylm.config.finetuning import VerifierConfig
 from tinylm.config.messages import explain
 from tinylm.config.schema import Config, ModelConfig
 from tinylm.model.decoder import Decoder
@@ -212,7 +213,7 @@ def _check_weights(path: Path, state: dict[str, Any], config: Config) -> None:
     if rounding is not None:
         _check_rounded(path, state, config)
     elif config.lora is None and state["hf_config"] is None:
-        model = _model_of_settings(path, config.model, state["stage"])
+        model = _model_of_settings(path, config, state["stage"])
         _check_shapes(path, _shapes(weights), model)
     scales = [part for _, *scales in rounded_weights(state).values() for part in scales]
     for weight in [*weights.values(), *scales]:
@@ -258,7 +259,7 @@ def _check_rounded(path: Path, state: dict[str, Any], config: Config) -> None:
     for kind in kinds:
         if kinds[kind]:
             raise DamagedError((path, rounding), f"is not supported for {kind}", ANOTHER)
-    model = _model_of_settings(path, config.model, state["stage"])
+    model = _model_of_settings(path, config, state["stage"])
     names = set(models.rounded.rounded_names(model))
     for name in sorted(names ^ rounded_weights(state).keys(), key=str):
         problem = "missing weight" if name in names else "not a matrix of 8 or 4 bits"
@@ -288,9 +289,9 @@ def _check_matrix(where: tuple[Path, str, str], matrix: Any, shape: tuple[int, .
             raise DamagedError(where, problem, ANOTHER)
 
 
-def _model_of_settings(path: Path, config: ModelConfig, stage: str) -> nn.Module:
+def _model_of_settings(path: Path, config: Config, stage: str) -> nn.Module:
     try:
-        return empty_model(config, stage)
+        return empty_model(config.model, stage, config.verifier)
     except (UserError, ValueError, RuntimeError) as error:  # sizes that make no tensor
         problem = f"make no model: {first_line(error)}"
         raise DamagedError((path, "config.model"), problem, ANOTHER) from None
@@ -314,13 +315,16 @@ def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], model: nn.Modul
         raise DamagedError((path, "weights", name), problem, ANOTHER)
 
 
-def empty_model(config: ModelConfig, stage: str = "pretrain") -> nn.Module:
+def empty_model(
+    config: ModelConfig, stage: str = "pretrain", verifier: VerifierConfig | None = None
+) -> nn.Module:
     """The model of a stage, a decoder, verifier or reward model, on the meta device: shapes without
     numbers, for `load_state_dict(..., assign=True)`.
     """
     with torch.device("meta"), _NoInit():
         if stage == "verifier":
-            return models.verifier.Verifier(config)
+            kind = "encoder" if verifier is None else verifier.kind
+            return models.verifier.verifier_class(kind)(config)
         if stage == "reward_model":
             return models.reward_model.RewardModel(config)
         return Decoder(config)

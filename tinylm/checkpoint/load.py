@@ -34,7 +34,7 @@ from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import merge, require_adapter
 from tinylm.model.reward_model import RewardModel
-from tinylm.model.verifier import Verifier
+from tinylm.model.verifier import Verifier, verifier_class
 from tinylm.rows.conversation import CHAT_STAGES
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
@@ -221,6 +221,8 @@ def _judge_of(
         fix = f"Train a {KINDS[stage]}: python finetune.py --config configs/{stage}.yaml"
         raise UserError(path, problem, fix)
     config = Config.from_plain(state["config"])
+    if config.verifier is not None:
+        kind = verifier_class(config.verifier.kind)
     model = build_judge(kind, config.model, state["weights"]).to(device).eval()
     return LoadedJudge(model, tokenizer_of(path, state), config, info_of(path, state))
 

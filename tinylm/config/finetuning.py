@@ -214,6 +214,8 @@ class VerifierConfig(Section):
     """answers per problem by the model in `sampled_from`, right or wrong by their last number"""
     sampled_from: PathName | None = None
     """checkpoint of the model that writes the sampled answers"""
+    kind: Literal["encoder", "decoder"] = "encoder"
+    """encoder: each token sees both sides; decoder: the odds of each token begin as those of the model in init_from"""
 
 
 # --- rewards ---

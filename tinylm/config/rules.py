@@ -376,6 +376,16 @@ CONFIG = (
         "type dynamic is not supported with verifier, whose rows are padded to one length",
         "Choose another type",
     ),
+    Rule(
+        ("verifier.kind", "training.init_from"),
+        lambda config: (
+            config.verifier is not None
+            and config.verifier.kind == "decoder"
+            and config.training.init_from is None
+        ),
+        "a verifier of kind decoder begins with the predictions of a trained model",
+        "Set training.init_from, or verifier.kind to encoder",
+    ),
     _not_with("verifier", "lora", None),
     _not_with("verifier", "dpo", None),
     _not_with("verifier", "data.template", "instruction"),

@@ -23,6 +23,7 @@ The loss and the scores of a verifier are in objectives/verifier.py.
 # H query heads · G key/value heads · K head width
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,9 @@ from tinylm.model.decoder import (
     rotary_cos_sin,
 )
 from tinylm.model.initialization import init_weights
+
+# Of the first token, which no token precedes: never the error. Finite, so that no loss is infinite.
+FIRST_ODDS = -20.0
 
 
 class Verifier(nn.Module):
@@ -111,11 +115,15 @@ class Verifier(nn.Module):
         context = AttentionContext(positions, cos_sin, mask, is_causal=False, cache=None)
         for block in self.blocks:
             x, _ = block(x, context)  # (B, T, D)
-        logits = self.suspicion(self.norm(x)).squeeze(-1).float()  # (B, T)
+        logits = self._token_odds(self.norm(x), input_ids)  # (B, T)
         # Minus log T: the mean of the odds, so that at any length an untrained verifier is
         # undecided.
         logits = logits - attention_mask.sum(dim=1, keepdim=True).log()
         return logits.masked_fill(~real, -math.inf)
+
+    def _token_odds(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """(B, T) log-odds in fp32 from the hidden states (B, T, D) of these tokens."""
+        return self.suspicion(hidden).squeeze(-1).float()
 
     def _attention_mask(self, real: Tensor) -> Tensor:
         """(B, 1, T, n_sinks + T): all tokens but itself, no padding;
@@ -133,6 +141,51 @@ class Verifier(nn.Module):
         theirs = decoder.state_dict()
         weights = {name: theirs.get(name, own) for name, own in self.state_dict().items()}
         self.load_state_dict(weights, strict=True)
+
+
+class NextTokenVerifier(Verifier):
+    """A verifier that starts as a decoder: the more a token surprises it, the more probably it is
+    the error.
+
+    Attention is causal. With the decoder's probability p of each token, given those before it,
+
+        log-odds of an error at t = log((1 - p_t) / p_t) + error head(hidden state of t - 1)
+
+    The first term is what the decoder knows already, facts too; the error head, which starts at 0,
+    learns where a surprise says nothing, as in the problem itself.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.head = nn.Linear(config.d_model, self.embedding.num_embeddings, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        else:
+            init_weights(self)
+        nn.init.zeros_(self.suspicion.weight)
+        nn.init.zeros_(self.suspicion.bias)
+
+    def _token_odds(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """(B, T) from the states before each token; the first token is never the error."""
+        before = hidden[:, :-1]  # (B, T - 1, D)
+        logits = self.head(before).float()  # (B, T - 1, V)
+        own = logits.gather(2, input_ids[:, 1:, None])  # (B, T - 1, 1)
+        others = logits.scatter(2, input_ids[:, 1:, None], -math.inf).logsumexp(dim=2)
+        odds = others - own.squeeze(2)  # (B, T - 1): log (1 - p) - log p
+        odds = odds + self.suspicion(before).squeeze(-1).float()
+        return F.pad(odds, (1, 0), value=FIRST_ODDS)
+
+    def _attention_mask(self, real: Tensor) -> Tensor:
+        """(B, 1, T, n_sinks + T): the token itself and those before it, which are no padding."""
+        T = real.size(1)
+        causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()  # (T, T)
+        mask = causal.expand(real.size(0), 1, T, T)
+        return F.pad(mask, (self.config.n_sinks, 0), value=True)
+
+
+def verifier_class(kind: Literal["encoder", "decoder"]) -> type[Verifier]:
+    """The class for `verifier.kind`."""
+    return NextTokenVerifier if kind == "decoder" else Verifier
 
 
 def require_encoder_config(config: ModelConfig) -> None:

@@ -4,7 +4,7 @@
         text.jsonl         texts to pretrain on: tables, sums, stories; no question in them
         answers.jsonl      questions with written answers and short chats, for fine-tuning
         questions.jsonl    other questions, of which only the result is known, for learning by reward
-        solutions.jsonl    other questions with every digit of their answers, for a verifier
+        graded.jsonl       other questions with right and wrong answers, for a verifier
         dev.jsonl          questions to choose settings with
         test.jsonl         questions to report
 
@@ -28,13 +28,13 @@ import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tinylm.common.files import write_atomic, writing
+from tinylm.text.digits import KINDS, N_PLACES, Operator, Slip, Write, work_out, write_right
 
 Split = Literal["train", "dev", "test"]
 Style = Literal["brief", "sums", "digits"]
-Operator = Literal["+", "-", "*", "/"]
 # Of 100 pairs of numbers and of 100 wordings.
 N_DEV, N_TEST = 10, 10
 # The largest number of a question, besides the product that is divided.
@@ -101,47 +101,7 @@ class Step:
         >>> Step(38, "*", 7).digits, Step(266, "/", 7).digits
         ('8*7=56, 3*7+5=26', '2/7=0r2, 26/7=3r5, 56/7=8r0')
         """
-        work = {"+": _add, "-": _subtract, "*": _multiply, "/": _divide}[self.operator]
-        return ", ".join(work(self.first, self.second))
-
-
-def _digits(number: int, n: int = 0) -> list[int]:
-    """The digits from the last to the first, with zeros up to `n` of them."""
-    return [int(digit) for digit in reversed(str(number).zfill(n))]
-
-
-def _add(first: int, second: int) -> Iterator[str]:
-    carry = 0
-    n = max(len(str(first)), len(str(second)))
-    for a, b in zip(_digits(first, n), _digits(second, n), strict=True):
-        total = a + b + carry
-        yield f"{a}+{b}{'+1' * carry}={total}"
-        carry = total // 10
-
-
-def _subtract(first: int, second: int) -> Iterator[str]:
-    borrow = 0
-    for a, b in zip(_digits(first), _digits(second, len(str(first))), strict=True):
-        before, borrow_before = a, borrow
-        borrow = int(a - b - borrow < 0)
-        before += 10 * borrow
-        yield f"{before}-{b}{'-1' * borrow_before}={before - b - borrow_before}"
-
-
-def _multiply(first: int, second: int) -> Iterator[str]:
-    carry = 0
-    for a in _digits(first):
-        total = a * second + carry
-        yield f"{a}*{second}{f'+{carry}' if carry else ''}={total}"
-        carry = total // 10
-
-
-def _divide(first: int, second: int) -> Iterator[str]:
-    rest = 0
-    for digit in str(first):
-        here = 10 * rest + int(digit)
-        rest = here % second
-        yield f"{here}/{second}={here // second}r{rest}"
+        return ", ".join(work_out(self.first, self.operator, self.second)[0])
 
 
 # --- which split ---
@@ -231,6 +191,44 @@ class Problem:
                 yield f"{step.sum}."
             elif style == "digits":
                 yield f"{step.expression}: {step.digits}, so {step.result}."
+
+    def work_out(self, write: Write = write_right) -> "Work":
+        """The answer in style digits, as `write` copies its numbers and works them out."""
+        steps, lines, result = [], [], 0
+        for number, step in enumerate(self.steps):
+            first = write(step.first, 0, "copy") if number == 0 else result
+            copied = Step(first, step.operator, write(step.second, 0, "copy"))
+            facts, result = work_out(copied.first, copied.operator, copied.second, write)
+            steps.append(copied)
+            lines.append(f"{copied.expression}: {', '.join(facts)}, so {result}.")
+        return Work(tuple(steps), "\n".join((*lines, f"#### {result}")), result)
+
+    def wrong_answer(self, rng: random.Random) -> str:
+        """An answer in style digits with one mistake, which all that comes after it follows.
+
+        Its pairs of numbers are of the split of the problem.
+
+        >>> Problem("", "", "", (Step(38, "*", 7),)).wrong_answer(random.Random(7))
+        '38*7: 8*7=53, 3*7+5=26, so 263.\\n#### 263'
+        """
+        split = split_of(self.steps[0].pair)
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        while True:
+            slip = Slip(kind, rng.randrange(N_PLACES), rng)
+            work = self.work_out(slip)
+            negative = any(step.operator == "-" and step.result < 0 for step in work.steps)
+            splits = {split_of(step.pair) for step in work.steps}
+            if work.result != self.result and not negative and splits == {split}:
+                return work.answer
+
+
+class Work(NamedTuple):
+    """An answer in style digits."""
+
+    steps: tuple[Step, ...]
+    """as they are written in it"""
+    answer: str
+    result: int
 
 
 class Writer:
@@ -380,12 +378,28 @@ def questions(
         yield {"question": problem.question, "answer": problem.answer(style)}
 
 
+def graded(n: int, seed: int, *, avoid: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """`n` different questions that are not in `avoid`, each with a right answer in style digits
+    (label 1) and N_WRONG with a mistake (label 0).
+    """
+    writer = Writer("train", seed)
+    for problem in writer.problems(n, avoid=avoid):
+        yield {"question": problem.question, "answer": problem.answer("digits"), "label": 1}
+        wrong: dict[str, None] = {}
+        while len(wrong) < N_WRONG:
+            wrong[problem.wrong_answer(writer.rng)] = None
+        for answer in wrong:
+            yield {"question": problem.question, "answer": answer, "label": 0}
+
+
+# Wrong answers to each question of a verifier.
+N_WRONG = 2
 # Rows of each file.
 SIZES = {
     "text": 60_000,
     "answers": 6_000,
     "questions": 8_000,
-    "solutions": 4_000,
+    "graded": 12_000,
     "dev": 400,
     "test": 500,
 }
@@ -413,7 +427,7 @@ def write_arithmetic(out: Path, *, sizes: dict[str, int] | None = None, seed: in
         "text": texts(sizes["text"], seed),
         "answers": answered,
         "questions": asked,
-        "solutions": questions("train", sizes["solutions"], seed + 3, "digits", avoid=avoid),
+        "graded": graded(sizes["graded"] // (1 + N_WRONG), seed + 3, avoid=avoid),
         "dev": questions("dev", sizes["dev"], seed + 2),
         "test": questions("test", sizes["test"], seed + 2),
     }

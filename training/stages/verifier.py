@@ -21,7 +21,7 @@ from tinylm.config.schema import Config
 from tinylm.eval.sampled_answers import answerer
 from tinylm.eval.tasks.data import problems_of
 from tinylm.model.decoder import Decoder
-from tinylm.model.verifier import Verifier
+from tinylm.model.verifier import Verifier, verifier_class
 from tinylm.objectives.verifier import verifier_loss, verifier_metrics, verifier_sums
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.numbers import NUMBER
@@ -242,11 +242,13 @@ def build_module(
     else new ones that depend on the seed alone.
     """
     config = context.config
+    assert config.verifier is not None
+    kind = verifier_class(config.verifier.kind)
     if resume is not None:
-        verifier = build_judge(Verifier, config.model, resume.state["weights"])
+        verifier = build_judge(kind, config.model, resume.state["weights"])
         return VerifierModule(config, verifier, dict(NO_REFERENCES))
     torch.manual_seed(config.training.seed)
-    verifier = Verifier(config.model)
+    verifier = kind(config.model)
     if initial is not None:
         decoder = build_initial(config, initial)
         if not isinstance(decoder, Decoder):

@@ -15,6 +15,9 @@ minutes to find a number that disagrees with the others; without any one of them
 - The first block starts out searching for equals:
   its query weights are initialized with its key weights.
 
+It finds numbers that disagree, but has to learn by itself that 8*7=53 is false. `NextTokenVerifier`
+(`verifier.kind: decoder`) begins with what a trained decoder knows.
+
 The loss and the scores of a verifier are in objectives/verifier.py.
 """
 

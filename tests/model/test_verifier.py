@@ -309,3 +309,18 @@ def test_the_error_head_of_kind_decoder_learns_from_the_state_before_a_token():
     verifier_loss(model.error_logits(ids, mask), torch.tensor([0]), error_mask).backward()
     assert bool((model.suspicion.weight.grad != 0).any())
     assert bool((model.head.weight.grad != 0).any())
+
+
+def test_only_tokens_after_the_separator_can_be_the_error_of_kind_decoder():
+    """With separator 9: the tokens after it keep their odds, the problem and the separator have
+    none; a row without it is answer alone.
+    """
+    model = make_next_token()
+    ids = torch.tensor([[3, 4, 9, 5, 6, 9], [3, 4, 5, 6, 7, 8]])
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    everywhere = model.error_logits(ids, mask)
+    model.separator_id = 9
+    found = model.error_logits(ids, mask)
+    torch.testing.assert_close(found[0, 3:], everywhere[0, 3:])
+    assert bool((found[0, :3] < -20).all())
+    torch.testing.assert_close(found[1], everywhere[1])

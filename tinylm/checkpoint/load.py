@@ -224,7 +224,10 @@ def _judge_of(
     if config.verifier is not None:
         kind = verifier_class(config.verifier.kind)
     model = build_judge(kind, config.model, state["weights"]).to(device).eval()
-    return LoadedJudge(model, tokenizer_of(path, state), config, info_of(path, state))
+    tokenizer = tokenizer_of(path, state)
+    if isinstance(model, Verifier):
+        model.separator_id = tokenizer.eos_id
+    return LoadedJudge(model, tokenizer, config, info_of(path, state))
 
 
 def build_judge(kind: type[Judge], config: ModelConfig, weights: dict[str, torch.Tensor]) -> Judge:

@@ -52,6 +52,9 @@ class Verifier(nn.Module):
     the answer is more likely right than wrong.
     """
 
+    separator_id: int | None = None
+    """the token between problem and answer, if only errors after it count (kind decoder)"""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         if config.vocab_size is None:
@@ -155,7 +158,8 @@ class NextTokenVerifier(Verifier):
         log-odds of an error at t = log((1 - p_t) / p_t) + error head(hidden state of t - 1)
 
     The first term is what the decoder knows already, facts too; the error head, which starts at 0,
-    learns where a surprise says nothing, as in the problem itself.
+    learns where a surprise says nothing. The problem surprises too: only tokens after `separator_id`
+    can be the error, all of them if a row has none.
     """
 
     def __init__(self, config: ModelConfig):
@@ -176,7 +180,13 @@ class NextTokenVerifier(Verifier):
         others = logits.scatter(2, input_ids[:, 1:, None], -math.inf).logsumexp(dim=2)
         odds = others - own.squeeze(2)  # (B, T - 1): log (1 - p) - log p
         odds = odds + self.suspicion(before).squeeze(-1).float()
-        return F.pad(odds, (1, 0), value=FIRST_ODDS)
+        odds = F.pad(odds, (1, 0), value=FIRST_ODDS)  # (B, T)
+        if self.separator_id is None:
+            return odds
+        n_before = (input_ids == self.separator_id).cumsum(dim=1)  # (B, T), the token itself too
+        in_problem = (n_before.roll(1, dims=1) == 0) & (n_before[:, -1:] > 0)
+        in_problem[:, 0] = n_before[:, -1] > 0
+        return odds.masked_fill(in_problem, FIRST_ODDS)
 
     def _attention_mask(self, real: Tensor) -> Tensor:
         """(B, 1, T, n_sinks + T): the token itself and those before it, which are no padding."""

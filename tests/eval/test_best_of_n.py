@@ -19,7 +19,7 @@ from tinylm.common.console import readable
 from tinylm.common.errors import UserError, printable
 from tinylm.common.statistics import wilson
 from tinylm.config.schema import Config
-from tinylm.eval.best_of_n import BestOfScore, best_of_n, majority_vote
+from tinylm.eval.best_of_n import BestOfScore, best_of_n, majority_vote, weighted_vote
 from tinylm.eval.tasks.table import TASKS
 from tinylm.eval.tasks.task import TaskExample
 from tinylm.eval.verifier_scoring import VerifierScorer
@@ -74,11 +74,18 @@ EXAMPLES = [example(1, "#### 5"), example(2, "#### 7"), example(3, "#### 1")]
 
 def test_every_method_chooses_among_the_same_answers() -> None:
     """1, 3 and 0 of 4 answers are right: at random 1/3. The vote gets only the second question,
-    the verifier only the first; two of three have a right answer."""
+    the verifier only the first, as the vote with its weights 0, 0.2, 0, 0; two of three have a right
+    answer."""
     engine = FixedAnswers(ANSWERS)
     score = best_of_n(engine, ExclamationScorer(), GSM8K, EXAMPLES, 4, seed=5)
     assert {name: measure.value for name, measure in score.measures.items()} == pytest.approx(
-        {"random choice": 1 / 3, "majority vote": 1 / 3, "verifier": 1 / 3, "oracle": 2 / 3}
+        {
+            "random choice": 1 / 3,
+            "majority vote": 1 / 3,
+            "verifier": 1 / 3,
+            "weighted vote": 1 / 3,
+            "oracle": 2 / 3,
+        }
     )
     oracle = score.measures["oracle"]
     assert (oracle.low, oracle.high) == wilson(2 / 3, 3)
@@ -103,6 +110,14 @@ def test_a_vote_without_numbers_takes_the_first_answer_and_a_tie_the_first_numbe
         majority_vote(["a", "is 3", "is 4"]),
         majority_vote(["is 4", "is 3", "3"]),
     ] == [0, 1, 1]
+
+
+def test_a_weighted_vote_adds_the_probabilities_of_equal_numbers() -> None:
+    """3 has 0.3 + 0.3, more than the 0.5 of 4; with 0.7 for 4 it has less. No number: the first."""
+    answers = ["is 4", "is 3", "so 3.0", "none"]
+    assert weighted_vote(answers, [0.5, 0.3, 0.3, 1.0]) == 1
+    assert weighted_vote(answers, [0.7, 0.3, 0.3, 1.0]) == 0
+    assert weighted_vote(["a", "b"], [0.1, 0.9]) == 0
 
 
 def test_a_question_that_cannot_be_asked_is_wrong_for_every_method(
@@ -300,6 +315,7 @@ def test_the_table_has_all_methods(
         "random",
         "majority",
         "verifier",
+        "weighted",
         "oracle",
     ]
     high = wilson(0.0, 2)[1]
@@ -311,6 +327,7 @@ def test_the_table_has_all_methods(
             "random choice",
             "majority vote",
             "verifier",
+            "weighted vote",
             "oracle",
         ]
     [kept] = out.glob("best-of-*.jsonl")

@@ -145,6 +145,7 @@ def test_two_stages_of_a_kind_and_a_verifier_are_asked_the_held_out_questions(he
         ("dpo", "best of 2, random choice"),
         ("dpo", "best of 2, majority vote"),
         ("dpo", "best of 2, verifier"),
+        ("dpo", "best of 2, weighted vote"),
         ("dpo", "best of 2, oracle"),
     ]
     assert found["n"] == 12
@@ -179,7 +180,7 @@ def test_the_recipe_runs_at_toy_size(tmp_path, monkeypatch, ran, capsys):  # noq
     results = json.loads(Path("checkpoints/align/results.json").read_text(encoding="utf-8"))
     found = [(row["stage"], row["answers"]) for row in results["test"]["rows"]]
     greedy = [(name, "greedy") for name in ("pretrain", "sft", "sft-longer", "grpo")]
-    choices = ("random choice", "majority vote", "verifier", "oracle")
+    choices = ("random choice", "majority vote", "verifier", "weighted vote", "oracle")
     greedy[2:2] = [("sft", f"best of 8, {choice}") for choice in choices]
     assert found == greedy
     assert results["test"]["n"] == sizes["test"]

@@ -10,6 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import Measure, mean
@@ -32,22 +33,28 @@ class Candidates:
     right: tuple[bool, ...]
     scores: tuple[float, ...]
     """by the verifier, the probability of being right; by a reward model, the reward"""
+    measure: str = "probability"
+    """or reward: what the scores are"""
 
     @property
     def accuracies(self) -> dict[str, float]:
         """The probability that each method chooses a right answer.
 
         >>> right, scores = (False, True, False, False), (0.1, 0.9, 0.3, 0.2)
-        >>> Candidates("", "", "2", ("a 1", "b 2", "c 1", "no"), right, scores).accuracies
-        {'random choice': 0.25, 'majority vote': 0.0, 'verifier': 1.0, 'oracle': 1.0}
+        >>> item = Candidates("", "", "2", ("a 1", "b 2", "c 1", "no"), right, scores)
+        >>> item.accuracies["majority vote"], item.accuracies["weighted vote"]
+        (0.0, 1.0)
         """
         preferred = self.scores.index(max(self.scores))
-        return {
+        found = {
             "random choice": statistics.fmean(self.right),
             "majority vote": float(self.right[majority_vote(self.answers)]),
             "verifier": float(self.right[preferred]),
-            "oracle": float(any(self.right)),
         }
+        if self.measure == "probability":
+            voted = weighted_vote(self.answers, self.scores)
+            found["weighted vote"] = float(self.right[voted])
+        return found | {"oracle": float(any(self.right))}
 
 
 def majority_vote(answers: Sequence[str]) -> int:
@@ -62,6 +69,21 @@ def majority_vote(answers: Sequence[str]) -> int:
     return numbers.index(counts.most_common(1)[0][0]) if counts else 0
 
 
+def weighted_vote(answers: Sequence[str], probabilities: Sequence[float]) -> int:
+    """The first answer whose final number has the largest sum of probabilities (Li et al. 2023,
+    "Making Language Models Better Reasoners with Step-Aware Verifier"); 0 if no answer has a number.
+
+    >>> weighted_vote(["so 3", "so 4", "it is 4"], [0.7, 0.3, 0.3]), weighted_vote(["none"], [1.0])
+    (0, 0)
+    """
+    numbers = [final_number(answer) for answer in answers]
+    votes: dict[Decimal, float] = {}
+    for number, probability in zip(numbers, probabilities, strict=True):
+        if number is not None:
+            votes[number] = votes.get(number, 0.0) + probability
+    return numbers.index(max(votes, key=votes.__getitem__)) if votes else 0
+
+
 @dataclass(frozen=True)
 class BestOfScore:
     """How often each method chooses a right answer among n."""
@@ -70,7 +92,8 @@ class BestOfScore:
     n_samples: int
     n_examples: int
     measures: dict[str, Measure]
-    """by method: random choice (expected), majority vote, verifier, oracle"""
+    """by method: random choice (expected), majority vote, verifier, weighted vote (of a verifier),
+    oracle"""
     candidates: tuple[Candidates, ...]
     n_errors: int
     """questions that the model could not be asked; they count as wrong for every method"""
@@ -169,4 +192,5 @@ def _grade_candidates(
         tuple(answers),
         tuple(right),
         tuple(scores),
+        scorer.measure,
     )

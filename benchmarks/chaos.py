@@ -3,7 +3,7 @@
     python benchmarks/chaos.py                                  2 rounds of every kind
     python benchmarks/chaos.py --kinds kill --rounds 10         only kill -9 at random moments
     python benchmarks/chaos.py --kinds seam_kill --rounds 200   at one seam after the other
-    python benchmarks/chaos.py --kinds kill --recipe research   with Muon, and what goes with it
+    python benchmarks/chaos.py --kinds kill --recipe research   the research recipe: Muon, bigrams
 
 Kinds:
     kill        kill -9 at random moments, up to three times

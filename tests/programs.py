@@ -83,7 +83,8 @@ class WarmProcess:
                     if not select.select([reply], [], [], ANSWER_SECONDS)[0]:
                         self.process.kill()
                         raise RuntimeError(
-                            f"the program was not started. The warm process was killed: it gave no answer in {ANSWER_SECONDS} s"
+                            "the program was not started. The warm process was killed: "
+                            f"it gave no answer in {ANSWER_SECONDS} s"
                         )
                     pid = reply.read()
             finally:

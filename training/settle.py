@@ -36,7 +36,7 @@ from tinylm.config.duration import Budget, budget_of
 from tinylm.config.loader import load_config
 from tinylm.config.messages import explain
 from tinylm.config.schema import AUTO, COUNT_LIMIT, Config
-from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
+from tinylm.model.decoder import Decoder, flops_per_token, sized_parameters
 from tinylm.planning.batch_size import measure_sizes, size_for
 from tinylm.planning.memory import explain_out_of_memory, resident_bytes, usable_bytes
 from tinylm.planning.memory_plan import largest_batch, with_settings
@@ -302,7 +302,7 @@ def count_steps(config: Config, budget: Budget, rows_per_pass: float | None) -> 
         if budget.unit == "flops":
             tokens /= flops_per_token(model, training.seq_len)
         else:
-            tokens *= count_parameters(model)
+            tokens *= sized_parameters(model)
     return checked_steps(config, tokens / (rows * training.seq_len))
 
 

@@ -132,6 +132,11 @@ def test_a_recipe_chooses_the_optimizer_and_the_rules_its_rates(load):
     assert (training.optimizer, training.lr, training.weight_decay) == ("muon", 3e-3, 0.025)
     assert (training.embedding_lr, training.head_lr, training.decay_ratio) == (0.1, 0.005, 0.4)
     assert load_config("r.yaml", ["training.head_lr=0.02"]).training.head_lr == 0.02
+    # no rule: the default, not the value of the recipe
+    tied = load_config("r.yaml", ["model.tie_embeddings=true"]).training
+    assert (tied.embedding_lr, tied.head_lr) == (None, None)
+    sgd = load_config("r.yaml", ["training.optimizer=sgd"]).training
+    assert (sgd.lr, sgd.embedding_lr, sgd.head_lr) == (3e-4, None, None)
 
 
 def test_every_rule_has_a_test_of_its_setting():

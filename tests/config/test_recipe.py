@@ -30,6 +30,15 @@ def test_it_sets_the_settings_of_its_table_that_are_not_given():
     assert Config.from_plain(config.to_plain()) == config
 
 
+def test_a_stored_config_of_an_earlier_version_gets_no_new_setting_of_the_recipe():
+    """Its weights are those of the settings that it has."""
+    stored = Config.model_validate({"recipe": "research"}).to_plain()
+    del stored["model"]["bigram_rows"], stored["training"]["muon_rounds"]
+    config = Config.from_plain(stored)
+    assert (config.recipe, config.model.input_scalars) == ("research", True)
+    assert (config.model.bigram_rows, config.training.muon_rounds) == (0, "jordan")
+
+
 def test_sections_in_python_count_as_given_where_they_were_set():
     config = Config(recipe="research", model=ModelConfig(n_layers=2, init="normal"))
     assert (config.model.init, config.model.n_layers) == ("normal", 2)

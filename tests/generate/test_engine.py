@@ -39,6 +39,7 @@ OPTIONS = {
     "window and sinks": {"sliding_window": 5, "n_sinks": 2},
     "grouped queries": {"n_kv_heads": 1, "qk_norm": True},
     "post norm": {"norm_placement": "post", "norm": "layernorm", "bias": "all"},
+    "bigrams": {"bigram_rows": 50},
     "experts": {"moe": {"n_experts": 4, "top_k": 2}},
 }
 
@@ -61,6 +62,8 @@ def make_model(seed: int = 0, **options: object) -> Decoder:
     } | options
     model = Decoder(ModelConfig.model_validate(shape)).eval()
     with torch.no_grad():
+        if model.config.bigram_rows:
+            model.bigram_embedding.weight.normal_(std=0.02)  # zero in a new model
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(6)

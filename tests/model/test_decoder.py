@@ -530,7 +530,7 @@ def test_cache_holds_grouped_heads_and_under_a_window_a_ring():
 
 @torch.no_grad()
 def test_selected_rows_of_a_cache_continue_as_the_same_rows():
-    model, ids = make(sliding_window=4), some_ids(batch=3)
+    model, ids = make(sliding_window=4, bigram_rows=13), some_ids(batch=3)
     cache = model.new_cache(3, T, chunk=8)
     model(ids[:, :8], cache=cache)
     rows = torch.tensor([2, 0, 0, 1])
@@ -566,7 +566,9 @@ def test_rows_of_different_lengths_decode_together_as_each_alone(options, padded
     assert cache.lengths.tolist() == [18, 10, 13, 8, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}], ids=label)
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 4}, {"sliding_window": 4, "bigram_rows": 13}], ids=label
+)
 @torch.no_grad()
 def test_a_row_may_begin_as_another_one(options):
     """Row 1 copies the first 9 of 12 positions of row 0 and continues otherwise; then row 0 itself is shortened.
@@ -577,6 +579,7 @@ def test_a_row_may_begin_as_another_one(options):
     model(ids[:, :6], cache=cache.rows(0, 1))
     model(ids[:, 6:12], cache=cache.rows(0, 1))
     other = torch.cat((ids[:, :9], ids[:, :4]), dim=1)
+    model(ids[:, 3:9], cache=cache.rows(1, 2))  # row 1 held another text
     for target in (1, 0):
         assert cache.can_shorten(0, 9)
         cache.copy_row(0, target, 9)
@@ -587,7 +590,7 @@ def test_a_row_may_begin_as_another_one(options):
 
 @torch.no_grad()
 def test_a_cache_that_grows_keeps_what_it_has():
-    model, ids = make(), some_ids(batch=2, length=12)
+    model, ids = make(bigram_rows=13), some_ids(batch=2, length=12)
     cache = model.new_cache(1, 6)
     model(ids[:1, :6], cache=cache)
     cache.reserve(2, 12)
@@ -810,11 +813,11 @@ def test_without_document_ids_packed_documents_see_each_other():
 
 @pytest.mark.parametrize("options", [{}, {"n_kv_heads": 2}, MIXED], ids=label)
 def test_documents_one_after_another_give_the_gradients_of_a_mask(options, monkeypatch):
-    """MIXED: only its layer without a window takes them so."""
+    """MIXED: only the layer without a window splits documents."""
     ids, models, splits = some_ids(batch=3), [], []
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * T, list(range(T))])
-    for can_split in (decoder.can_split_documents, lambda config, positions: False):
-        monkeypatch.setattr(decoder, "can_split_documents", can_split)
+    for shortest in (1, T):  # the mean of these documents is 36 tokens / 15
+        monkeypatch.setattr(decoder, "SHORT_DOCUMENTS", shortest)
         model = make(**options)
         model(ids, document_ids=documents).square().sum().backward()
         context = attention_context(model.kinds[-1], positions_in_documents(documents))

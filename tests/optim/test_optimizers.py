@@ -444,12 +444,15 @@ def test_a_rate_of_a_head_that_is_the_embedding_is_refused() -> None:
 def test_the_setting_names_the_optimizer(
     kind: Any, expected: Callable[..., None] | None, fused: bool
 ) -> None:
-    """Only AdamW has a fused form, of torch, also beside Muon; betas, eps and peak_lr are those of the config, as plain numbers."""
+    """Only AdamW has a fused form, also beside Muon; betas, eps and peak_lr are those of the config,
+    as plain numbers.
+    """
     training = TrainingConfig(optimizer=kind, lr=0.125, betas=(0.5, 0.75), eps=1e-4)
     optimizer = make_optimizer(tiny_decoder(), training, fused=fused)
     if kind == "adamw":
         assert type(optimizer) is torch.optim.AdamW
     elif kind == "muon":
+        assert type(optimizer) is WeightwiseOptimizer
         assert optimizer.update is (fused_adamw_update if fused else adamw_update)
     else:
         assert type(optimizer) is WeightwiseOptimizer

@@ -269,11 +269,13 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
         if given.find(rule.key) is not None:
             written.append(f"{name} {found[name]}")
             continue
-        found.pop(name, None)  # null, or that of the recipe
+        of_recipe = found.pop(name, None)
         value = rule.value(settings)
         if value is not None:
             found[name] = value
             by_rule.append(f"{name} {value}")
+        elif of_recipe is not None:  # for another optimizer, or a head of its own
+            found[name] = getattr(getattr(settings.defaults, section), name)
     line = f"{DEPTH} {depth} sets {', '.join(by_rule)}"
     if written:
         line += f"; as written: {', '.join(written)}"

@@ -225,7 +225,7 @@ class TrainingConfig(Section):
     muon_per_head: Switch = False
     """muon: each attention head of the matrices by itself (MuonSplit; Zhang et al. 2026), which is faster"""
     muon_rounds: Literal["jordan", "polar_express", "polar_express_3"] = "jordan"
-    """muon: five rounds with one polynomial (Jordan 2024), or four or three with one each (Amsel et al. 2025)"""
+    """muon: five rounds of one polynomial (Jordan 2024), or one for each of four or three (Amsel et al. 2025)"""
     weight_decay: Annotated[Number, Field(ge=0, le=100)] = 0.1
     """decoupled weight decay, only for matrices"""
     grad_clip: Annotated[Number, Field(gt=0)] | None = 1.0
@@ -417,5 +417,11 @@ class Config(Section):
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Config":
-        """The settings from what `to_plain` returned."""
-        return cls.model_validate(plain)
+        """The settings from what `to_plain` returned. One that it does not have, since it is newer,
+        has its default, whatever the recipe sets.
+        """
+        recipe = plain.get("recipe", "default")
+        if str(recipe) not in RECIPES:
+            return cls.model_validate(plain)  # which refuses it
+        config = cls.model_validate({**plain, "recipe": "default"})
+        return config.model_copy(update={"recipe": recipe})

@@ -86,13 +86,14 @@ def bigram_hash(before: Tensor, ids: Tensor, n_rows: int) -> Tensor:
     """The row of the bigram embedding for each token (B, T) with the one before it, which is -1 at
     the start of a text. Two pairs may share a row.
 
-    What often follows a pair is so known from the first layer on, for the cost of a lookup (Huang
-    et al. 2025, "Over-Tokenized Transformer").
+    The first layer already knows the previous token, for the cost of a lookup (Huang et al. 2025,
+    "Over-Tokenized Transformer").
 
     >>> bigram_hash(torch.tensor([[-1, 5, 7]]), torch.tensor([[5, 7, 5]]), 1000).tolist()
     [[452, 539, 713]]
     """
-    mixed = (before + 1) * 2654435761 ^ ids * 805459861  # odd factors: all bits depend on the ids
+    # Odd factors, so that all bits depend on the ids; in 64 bits, where none of them is lost.
+    mixed = (before.long() + 1) * 2654435761 ^ ids.long() * 805459861
     return (mixed ^ mixed >> 17) % n_rows
 
 
@@ -312,10 +313,15 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
+# Documents of fewer tokens than this, on average, are faster with a mask (docs/LOG.md).
+SHORT_DOCUMENTS = 16
+
+
 def can_split_documents(config: ModelConfig, positions: Tensor) -> bool:
-    """Whether attention can take packed documents one after another: no scores between documents
-    are computed, which pays on a CPU. Many small calls would be slow on a GPU, a graph that is
-    compiled or traced has fixed shapes, and a bias or a window needs a mask inside the document too.
+    """Whether attention takes packed documents one after another: no scores between documents are
+    computed, which pays on a CPU unless they are very short. Many small calls would be slow on a
+    GPU, a graph that is compiled or traced has fixed shapes, and a bias or a window needs a mask
+    inside the document too.
     """
     return (
         positions.device.type == "cpu"
@@ -324,6 +330,7 @@ def can_split_documents(config: ModelConfig, positions: Tensor) -> bool:
         and config.position != "alibi"
         and config.n_sinks == 0
         and config.sliding_window is None
+        and positions.numel() >= SHORT_DOCUMENTS * int((positions == 0).sum())
     )
 
 
@@ -783,6 +790,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(
         weight.numel() * (2 if weight.dtype == torch.uint8 else 1) for weight in model.parameters()
     )
+
+
+def sized_parameters(model: Decoder) -> int:
+    """The weights by which sizes of models are compared, as in tokens per parameter (Hoffmann et
+    al. 2022): all but the bigram embedding, of which a token reads one row.
+    """
+    table = model.bigram_embedding.weight.numel() if model.config.bigram_rows else 0
+    return count_parameters(model) - table
 
 
 def active_parameters(model: nn.Module) -> int:

@@ -183,7 +183,7 @@ class KVCache:
     def ids_before(self, positions: Tensor, ids: Tensor) -> Tensor:
         """Store new tokens (B, T) at their positions; the token before each one, -1 at position 0."""
         row = torch.arange(len(ids), device=ids.device)[:, None]  # (B, 1)
-        self.ids[row, positions] = ids
+        self.ids[row, positions] = ids.long()
         before = self.ids[row, (positions - 1).clamp(min=0)]  # (B, T)
         return torch.where(positions == 0, -1, before)
 

@@ -102,8 +102,8 @@ def parameter_groups(
     is one matrix to Muon. The experts' biases (E, F) and the sinks (G, n_sinks, K) have several
     dimensions but are lists of vectors.
 
-    `rates` has the learning rates of modules with one of their own, by name; each is a group, and
-    bigrams are with the embedding. A rare token gets a gradient rarely, so an embedding that is to
+    `rates` has learning rates by module name, one group each; the bigram embedding has that of the
+    embedding. A rare token gets a gradient rarely, so an embedding that is to
     be learned in few steps needs a higher rate than matrices, which get one from every token.
 
     With `head_dim`, the matrices of attention are groups of Muon with "heads": the size of a head.
@@ -228,7 +228,7 @@ def fused_adamw_update(
         state.update(t=0, m=torch.zeros_like(weight), v=torch.zeros_like(weight))
     beta1, beta2 = group["betas"]
     lists = [weight], [grad], [state["m"]], [state["v"]], []
-    t = torch.tensor(float(state["t"]), device=weight.device)
+    t = torch.full((), float(state["t"]), device=weight.device)
     settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
     torch_adamw(
         *lists, [t], fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **settings

@@ -119,6 +119,7 @@ def require_memory(config: Config, device: str) -> None:
     n_experts = model.moe.n_experts if model.moe else 1
     feed_forward = (3 if model.ffn in GATED else 2) * model.d_ff * n_experts
     rows_of_embedding = (model.vocab_size or 0) * (1 if model.tie_embeddings else 2)
+    rows_of_embedding += model.bigram_rows
     n_weights = model.d_model * (
         rows_of_embedding + model.n_layers * (heads * model.head_dim + feed_forward)
     )
@@ -132,6 +133,8 @@ def require_memory(config: Config, device: str) -> None:
     fix = "Lower training.micro_batch_size or training.seq_len"
     if weights > batch:
         fix = "Lower model.d_model, model.n_layers or model.vocab_size"
+        if model.bigram_rows > (model.vocab_size or 0):
+            fix = "Lower model.bigram_rows, model.d_model or model.n_layers"
     raise UserError(
         "memory",
         f"a step needs at least {size(weights)} for the model and {size(batch)} for a micro-batch, "

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from tinylm.config.schema import Config
-from tinylm.model.decoder import Decoder, active_parameters, count_parameters, flops_per_token
+from tinylm.model.decoder import (
+    Decoder,
+    active_parameters,
+    count_parameters,
+    flops_per_token,
+    sized_parameters,
+)
 from tinylm.planning.step_memory import PARTS, StepMemory, trace_step
 
 FLOAT_BYTES = 4
@@ -45,6 +51,8 @@ class RunPlan:
     parameters: int
     active_parameters: int
     """the parameters that one token uses: all but the experts that it is not sent to"""
+    sized_parameters: int
+    """those by which sizes of models are compared: all but the bigram embedding"""
     flops_per_token: int
     """forward and backward, per target token"""
     tokens: int
@@ -73,7 +81,7 @@ class RunPlan:
     @property
     def tokens_per_parameter(self) -> float:
         """To compare with CHINCHILLA_TOKENS."""
-        return self.tokens / self.parameters
+        return self.tokens / self.sized_parameters
 
     @property
     def parts(self) -> dict[str, int]:
@@ -117,6 +125,7 @@ def plan_run(config: Config, device: str, *, program: int = 0) -> RunPlan:
     return RunPlan(
         parameters=n,
         active_parameters=active_parameters(model),
+        sized_parameters=sized_parameters(model),
         flops_per_token=flops_per_token(model, training.seq_len),
         tokens=training.max_steps * rows_per_step * training.seq_len,
         checkpoint_bytes=n * FLOAT_BYTES + step.optimizer_state,
@@ -237,7 +246,7 @@ def with_settings(config: Config, changes: dict[str, Any]) -> Config:
     for key, value in changes.items():
         section, name = key.split(".")
         plain.setdefault(section, {})[name] = value
-    return Config.from_plain(plain)
+    return Config.model_validate(plain)
 
 
 def _yaml_value(value: Any) -> str:

@@ -23,7 +23,7 @@ from tinylm.common.console import short
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import Measure
 from tinylm.config.schema import Config
-from tinylm.model.decoder import Decoder, count_parameters
+from tinylm.model.decoder import Decoder, count_parameters, sized_parameters
 from tinylm.runs.experiments import Step
 from tinylm.runs.plots import COLORS, new_figure
 from tinylm.runs.run_folder import read_run_folder
@@ -108,7 +108,7 @@ def read_rung(step: Step) -> Rung:
         seed=training.seed,
         width=config.model.d_model,
         parameters=parameters,
-        inner_parameters=parameters - outer,
+        inner_parameters=sized_parameters(model) - outer,
         tokens=run.facts.tokens,
         compute=float(run.facts.flops_per_token * run.facts.tokens),
         loss=run.columns[LOSS][-1],

@@ -355,7 +355,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "embedding_lr": 0.1,
             "head_lr": 0.01,
             "schedule": "wsd",
-            "decay_ratio": 0.4,
+            "decay_ratio": 0.65,
+            "weight_decay": 0.0,
         },
     },
 }

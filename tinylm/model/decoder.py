@@ -320,8 +320,8 @@ SHORT_DOCUMENTS = 16
 def can_split_documents(config: ModelConfig, positions: Tensor) -> bool:
     """Whether attention takes packed documents one after another: no scores between documents are
     computed, which pays on a CPU unless they are very short. Many small calls would be slow on a
-    GPU, a graph that is compiled or traced has fixed shapes, and a bias or a window needs a mask
-    inside the document too.
+    GPU, a graph that is compiled or traced has fixed shapes, a bias or a window needs a mask inside
+    the document too, and dropout would draw other random numbers than with a mask.
     """
     return (
         positions.device.type == "cpu"
@@ -330,6 +330,7 @@ def can_split_documents(config: ModelConfig, positions: Tensor) -> bool:
         and config.position != "alibi"
         and config.n_sinks == 0
         and config.sliding_window is None
+        and config.attention_dropout == 0
         and positions.numel() >= SHORT_DOCUMENTS * int((positions == 0).sum())
     )
 

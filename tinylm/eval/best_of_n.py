@@ -42,8 +42,10 @@ class Candidates:
 
         >>> right, scores = (False, True, False, False), (0.1, 0.9, 0.3, 0.2)
         >>> item = Candidates("", "", "2", ("a 1", "b 2", "c 1", "no"), right, scores)
-        >>> item.accuracies["majority vote"], item.accuracies["weighted vote"]
-        (0.0, 1.0)
+        >>> list(item.accuracies)
+        ['random choice', 'majority vote', 'verifier', 'weighted vote', 'oracle']
+        >>> list(item.accuracies.values())
+        [0.25, 0.0, 1.0, 1.0, 1.0]
         """
         preferred = self.scores.index(max(self.scores))
         found = {

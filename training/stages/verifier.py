@@ -246,16 +246,15 @@ def build_module(
     kind = verifier_class(config.verifier.kind)
     if resume is not None:
         verifier = build_judge(kind, config.model, resume.state["weights"])
-        verifier.separator_id = data.tokenizer.eos_id
-        return VerifierModule(config, verifier, dict(NO_REFERENCES))
-    torch.manual_seed(config.training.seed)
-    verifier = kind(config.model)
-    verifier.separator_id = data.tokenizer.eos_id
-    if initial is not None:
+    else:
+        torch.manual_seed(config.training.seed)
+        verifier = kind(config.model)
+    if resume is None and initial is not None:
         decoder = build_initial(config, initial)
         if not isinstance(decoder, Decoder):
             require_supported(context.stage, config, context.device, frozenset({"hf_model"}))
         verifier.init_from_decoder(decoder)
+    verifier.separator_id = data.tokenizer.eos_id
     return VerifierModule(config, verifier, dict(NO_REFERENCES))
 
 

@@ -3,13 +3,16 @@ its time.
 
     pip install --no-deps trl==1.16.0 && pip install accelerate datasets
     python benchmarks/rl.py [--steps 6 --rounds 2 --threads 1]
+    python benchmarks/rl.py --model checkpoints/arithmetic/sft/final.ckpt \\
+        --rows data/arithmetic/questions.jsonl --prompts 16 --new-tokens 120
 
-Both train the same weights: a tiny decoder of ours, and its export, a Llama. Both sample 8 answers to
-each of 4 prompts in every optimizer step and score them with a function that counts characters. The
-weights are random, so that nearly every answer has max_new_tokens tokens. Whole runs alternate in one
-process; the first step of a run, which also makes caches, is not counted. Shares are of the median
-step: sampling, scoring, and the rest, which is training. A step is also measured in processor seconds
-of this process, which other work on the machine changes less than its duration.
+Both train the same weights: a decoder of ours, and its export, a Llama. Both sample 8 answers to each
+prompt in every optimizer step and score them with a function that counts characters. Without --model
+the weights are random, so that nearly every answer has --new-tokens tokens; a trained model ends its
+answers, some early, some late. Whole runs alternate in one process; the first step of a run, which
+also makes caches, is not counted. Shares are of the median step: sampling, scoring, and the rest,
+which is training. A step is also measured in processor seconds of this process, which other work on
+the machine changes less than its duration.
 """
 
 import argparse
@@ -20,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,12 +31,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import finetune  # noqa: E402
 import train  # noqa: E402
 from model import TrainingModule  # noqa: E402
+from tinylm.checkpoint.load import load_model  # noqa: E402
 from tinylm.common.tables import Table, print_table  # noqa: E402
+from tinylm.config.schema import DataConfig  # noqa: E402
 from tinylm.generate.engine import Engine  # noqa: E402
 from tinylm.interchange.hf_export import export_hf  # noqa: E402
 from tinylm.rewards.table import RewardSum  # noqa: E402
+from tinylm.rows.prompts import build_prompts  # noqa: E402
+from tinylm.rows.template_factory import make_template  # noqa: E402
 
-PROMPTS, GROUP, NEW_TOKENS = 4, 8, 32
+GROUP = 8
+# Tokens of a prompt and its answer.
+MAX_LEN = 192
 
 
 class Clock:
@@ -67,26 +76,54 @@ class Clock:
         return lambda: setattr(owner, name, original)
 
 
-def base_of(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
-    """The checkpoint of a random decoder, and its export."""
+class Base(NamedTuple):
+    """What both programs train, and on what."""
+
+    checkpoint: Path
+    llama: Path
+    """the same model in files of transformers"""
+    rows: Path
+    template: str
+    prompts: list[str]
+    """of `rows`, as they are given to the model"""
+
+
+def base_of(folder: Path, args: argparse.Namespace) -> Base:
+    """The model of --model, or a random one, with its export and its prompts."""
+    checkpoint, rows, data = args.model, args.rows, DataConfig(template="plain")
+    if checkpoint is None:
+        checkpoint, rows = random_base(folder, args)
+    else:
+        data = DataConfig()
+    data = data.model_copy(update={"dataset": str(rows)})
+    export_hf(checkpoint, folder / "llama")
+    tokenizer = load_model(checkpoint).tokenizer
+    template = make_template(data.template, tokenizer)
+    found, _ = build_prompts(data, "train", 1, template, tokenizer, MAX_LEN)
+    prompts = [tokenizer.decode(prompt.ids.tolist()) for prompt in found]
+    return Base(checkpoint, folder / "llama", rows, data.template, prompts)
+
+
+def random_base(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
+    """The checkpoint of a random decoder, and rows of prompts."""
+    rows_path = folder / "rows.jsonl"
     (folder / "corpus.txt").write_text("".join(f"number {i}\n" for i in range(400)), "utf-8")
     rows = [{"prompt": f"write {i} and more", "completion": "yes"} for i in range(200)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    rows_path.write_text(text, encoding="utf-8")
     settings = (
         f"data.dataset={folder / 'corpus.txt'} data.cache_dir={folder / 'cache'} "
         f"model.n_layers={args.layers} model.d_model={args.width} model.n_heads=4 "
-        "model.max_seq_len=128 tokenizer.kind=byte training.seq_len=64 training.max_steps=1 "
+        f"model.max_seq_len={MAX_LEN} tokenizer.kind=byte training.seq_len=64 training.max_steps=1 "
         f"training.checkpoint_dir={folder / 'base'} training.log_dir={folder / 'logs'} "
         f"hardware.accelerator=cpu hardware.threads={args.threads}"
     )
     (folder / "base.yaml").write_text("{}", encoding="utf-8")
     assert train.main(["--config", str(folder / "base.yaml"), *settings.split()]) == 0
-    export_hf(folder / "base" / "final.ckpt", folder / "llama")
-    return folder / "base" / "final.ckpt", folder / "llama"
+    return folder / "base" / "final.ckpt", rows_path
 
 
-def ours(folder: Path, base: Path, args: argparse.Namespace, number: int) -> Clock:
+def ours(folder: Path, base: Base, args: argparse.Namespace, number: int) -> Clock:
     """A run of finetune.py."""
     reward = folder / "reward.py"
     reward.write_text(
@@ -94,14 +131,16 @@ def ours(folder: Path, base: Path, args: argparse.Namespace, number: int) -> Clo
         encoding="utf-8",
     )
     settings = (
-        f"data.dataset={folder / 'rows.jsonl'} data.template=plain training.init_from={base} "
-        f"training.seq_len=96 training.micro_batch_size={PROMPTS * GROUP} "
-        f"training.max_steps={args.steps} training.val_every_steps=100000 training.val_batches=1 "
+        f"data.dataset={base.rows} data.template={base.template} "
+        f"training.init_from={base.checkpoint} training.seq_len={MAX_LEN - 1} "
+        f"training.micro_batch_size={args.prompts * GROUP // args.parts} "
+        f"training.grad_accum_steps={args.parts} training.max_steps={args.steps} "
+        "training.val_every_steps=100000 training.val_batches=1 "
         f"training.lr=1e-6 training.checkpoint_dir={folder / f'run{number}'} "
         f"training.log_dir={folder / 'logs'} training.run_name=run{number} "
         f"hardware.accelerator=cpu hardware.threads={args.threads} grpo.slots={args.slots} "
         f"grpo.rewards=[{{reward:&{reward}:score}}] grpo.group_size={GROUP} "
-        f"grpo.max_new_tokens={NEW_TOKENS} grpo.val_samples=1"
+        f"grpo.max_new_tokens={args.new_tokens} grpo.val_samples=1"
     )
     words = [word.replace("reward:&", "reward: ") for word in settings.split()]
     clock = Clock()
@@ -124,7 +163,7 @@ def ours(folder: Path, base: Path, args: argparse.Namespace, number: int) -> Clo
     return clock
 
 
-def theirs(folder: Path, llama: Path, args: argparse.Namespace, number: int) -> Clock:
+def theirs(folder: Path, base: Base, args: argparse.Namespace, number: int) -> Clock:
     """A run of trl's GRPOTrainer with the same settings."""
     import datasets
     import transformers
@@ -145,8 +184,9 @@ def theirs(folder: Path, llama: Path, args: argparse.Namespace, number: int) -> 
         learning_rate=1e-6,
         temperature=1.0,
         num_generations=GROUP,
-        per_device_train_batch_size=PROMPTS * GROUP,
-        max_completion_length=NEW_TOKENS,
+        per_device_train_batch_size=args.prompts * GROUP // args.parts,
+        gradient_accumulation_steps=args.parts,
+        max_completion_length=args.new_tokens,
         max_steps=args.steps,
         report_to=[],
         save_strategy="no",
@@ -154,15 +194,14 @@ def theirs(folder: Path, llama: Path, args: argparse.Namespace, number: int) -> 
         bf16=False,
         gradient_checkpointing=False,
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base.llama)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text("utf-8").splitlines()]
     trainer = trl.GRPOTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        model=transformers.AutoModelForCausalLM.from_pretrained(base.llama, dtype=torch.float32),
         processing_class=tokenizer,
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
         args=arguments,
-        train_dataset=datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in base.prompts]),
         callbacks=[EndStep()],
     )
     undo = [
@@ -180,18 +219,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     for name, value in (("steps", 6), ("rounds", 2), ("threads", 1), ("slots", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("layers", 4), ("width", 128)):
+    for name, value in (("layers", 4), ("width", 128), ("prompts", 4), ("new-tokens", 32)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--parts", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--model", type=Path, help="a checkpoint; default: a random decoder")
+    parser.add_argument("--rows", type=Path, help="with --model: rows with prompts")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows: dict[str, list[dict[str, float]]] = {"this project": [], "trl": []}
     ratios: dict[str, list[float]] = {"whole": [], "processor": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base, llama = base_of(folder, args)
+        base = base_of(folder, args)
         for number in range(args.rounds):
             own = ours(folder, base, args, number).rows[1:]
-            other = theirs(folder, llama, args, number).rows[1:]
+            other = theirs(folder, base, args, number).rows[1:]
             rows["this project"] += own
             rows["trl"] += other
             for part, found in ratios.items():
@@ -205,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         table.add_row(
             name,
-            f"{PROMPTS * GROUP / whole:.1f}",
+            f"{args.prompts * GROUP / whole:.1f}",
             f"{whole:.2f} s",
             f"{cpu:.2f} s",
             f"{sampling / whole:.0%}",

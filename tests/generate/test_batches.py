@@ -260,6 +260,18 @@ def test_a_first_token_does_not_wait_for_the_prompts_of_other_texts():
     assert steps == [[one], [other], [one, other], [third], [one, third]]
 
 
+def test_texts_with_one_prompt_begin_in_one_step_as_far_as_there_are_slots():
+    engine = Engine(make_model(), BYTES, slots=3)
+    request = Request(engine.encode_prompt("abc"), SamplingConfig(max_new_tokens=2))
+    other = Request(engine.encode_prompt("xyz"), SamplingConfig(max_new_tokens=2))
+    for asked in (request, request, other, request):
+        engine.add(asked)
+    steps = []
+    while engine.is_busy:
+        steps.append([event.number for event in engine.step()])
+    assert steps == [[1, 2], [3], [1, 2, 3], [4], [4]]
+
+
 def test_a_prompt_that_does_not_fit_is_refused_before_it_waits():
     """So that it cannot end a step in which others are decoded."""
     engine = Engine(make_model(), BYTES)

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import infer
 import list as list_program
@@ -28,6 +30,9 @@ from tests.training.test_train import (
     interrupt_at,
 )
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.rewards.answer import Answer
+from tinylm.rewards.rollouts import Rollout, batches_by_length
+from tinylm.rows.prompts import PromptRow
 from training.stages.grpo import GRPOModule, PromptShare
 
 # Two prompts with 3 answers each. An untrained model writes random bytes, of which a bit less than
@@ -166,6 +171,20 @@ def test_answers_do_not_depend_on_how_many_are_sampled_at_once(
         assert run(config, *elsewhere(tmp_path / str(slots))) == 0
     texts = [[line["answer"] for line in rollouts(tmp_path / str(slots))] for slots in (4, 5)]
     assert texts[0] == texts[1]
+
+
+def test_answers_of_about_the_same_length_are_trained_together() -> None:
+    """Each with its own values; a long answer among short ones would make their rows long too."""
+    prompt = PromptRow(np.arange(5), "2+2=", "4", "rows.jsonl:1")
+    answers = []
+    for n in (20, 3, 30, 4):
+        ids, answer = (n,) * n, Answer("2+2=", "", "4", "rows.jsonl:1", n, truncated=False)
+        answers.append(Rollout(prompt, ids, (False,) * n, answer))
+    kept = batches_by_length(answers, {"reward": torch.tensor([2.0, 0.5, 3.0, 4.0])}, 2, 0, 64)
+    assert [part["input_ids"].shape for part in kept] == [(2, 8), (2, 40)]
+    assert [part["reward"].tolist() for part in kept] == [[0.5, 4.0], [2.0, 3.0]]
+    firsts = [part["labels"][:, 4].tolist() for part in kept]  # the first token of each answer
+    assert firsts == [[3, 4], [20, 30]]
 
 
 def test_prompts_of_a_step_are_those_of_its_batch_of_answers() -> None:

@@ -36,7 +36,7 @@ are copied from other rows.
 # B rows of a decode step · T tokens of a prompt · V vocabulary
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,10 +85,13 @@ class DecodingBatch:
         self.rows = [Row() for _ in range(slots)]
         self.n_active = 0
         # The cache grows to what the texts need; fixed shapes need all of it.
-        self.cache = model.new_cache(*((slots, self.limit) if deterministic else (1, 1)))
+        self._n_reserved = slots if deterministic else 1
+        self.cache = model.new_cache(self._n_reserved, self.limit if deterministic else 1)
         self.logits = torch.zeros(slots, vocab_size, device=model.embedding.weight.device)
         self._one_by_one = deterministic and not model.has_independent_rows
         self._clock = itertools.count()
+        # Tensors that an optimizer changes in place; those of inference mode have no version.
+        self._weights = [weight for weight in model.parameters() if not weight.is_inference()]
         # What is made of the weights for decoding, at the first decode step.
         self._lean: LeanStep | None = None
         self._has_looked = False
@@ -114,7 +117,7 @@ class DecodingBatch:
             [ids], extra_inputs = self.model.decoder_start([prompt])
         # Which row begins as this text does? Continue in it, if it is free and loses little; else
         # copy from it to the row that was free for longest.
-        version = weights_version(self.model)
+        version = weights_version(self._weights)
         if version != self._version:
             self._lean, self._has_looked, self._version = None, False, version
         source, n_common = self._longest_prefix(prompt, ids, version)
@@ -122,7 +125,9 @@ class DecodingBatch:
         free = min(range(row, self.slots), key=lambda number: self.rows[number].last_use)
         if source >= row and 2 * n_common >= len(self.rows[source].cached):
             free = source
-        self.cache.reserve(free + 1, min(self.limit, len(ids) + max_new_tokens))
+        if free >= self._n_reserved:  # a cache that grows is copied, so it doubles
+            self._n_reserved = max(free + 1, min(self.slots, 2 * self._n_reserved))
+        self.cache.reserve(self._n_reserved, min(self.limit, len(ids) + max_new_tokens))
         self._swap(free, row)
         source = {free: row, row: free}.get(source, source)
         self.cache.copy_row(source, row, n_common)
@@ -143,8 +148,8 @@ class DecodingBatch:
         """The row that has the most of the text's first positions in the cache, and how many."""
         best, most = self.n_active, 0
         for number, row in enumerate(self.rows):
-            if row.weights_version != version:
-                n = 0  # the model was trained in between
+            if not row.prompt or row.weights_version != version:
+                n = 0  # nothing was read yet, or the model was trained in between
             elif row.prompt == prompt and row.prompt_logits is not None:
                 n = len(ids)  # with the logits after it: nothing is left to read
             elif self.model.has_encoder:
@@ -296,8 +301,8 @@ def n_equal(one: Sequence[int], other: Sequence[int]) -> int:
     return n
 
 
-def weights_version(model: torch.nn.Module) -> int:
+def weights_version(weights: Iterable[Tensor]) -> int:
     """A number that changes whenever weights are changed in place, as an optimizer does; but not by
     torch's fused AdamW (torch 2.13): after its steps, make a new engine.
     """
-    return sum(weight._version for weight in model.parameters() if not weight.is_inference())
+    return sum(weight._version for weight in weights)

@@ -105,9 +105,9 @@ class Text:
             self.matcher = engine.grammars.start(request.constraint, end_ids)
         # Texts of an equal group are sampled together; those with penalties or a constraint one by
         # one.
-        alike = sampling.model_copy(update=dict.fromkeys(NOT_OF_A_STEP))
+        alike = [value for name, value in sampling if name not in NOT_OF_A_STEP]
         is_alone = has_penalties(sampling) or self.matcher is not None
-        self.group = alike, number if is_alone else None
+        self.group = (*alike, number if is_alone else None)
         self.tool = None
         if engine.tools is not None and self.matcher is None:
             self.tool = ToolText(engine.tokenizer)
@@ -207,8 +207,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """The first token of a text that was waiting; if none can begin, the next token of each
-        running text, in the order in which they began.
+        """The first token of the texts with the next prompt that was waiting; if none can begin, the
+        next token of each running text, in the order in which they began.
         """
         events, self._undelivered = self._undelivered, []
         if self._batch is None:
@@ -220,19 +220,26 @@ class Engine:
             )
         n_running = len(self._running)
         if self._waiting and n_running < self.slots:
-            # Prefill: one waiting text takes a free row. The next one has a step of its own, so that
-            # a first token does not wait until the prompts of other texts are read.
-            number, request = self._waiting.popleft()
-            self._batch.start(request.prompt.ids, request.sampling.max_new_tokens)
-            self._running.append(Text(number, request, self))
-            new = range(n_running, n_running + 1)
+            # Prefill: one waiting text takes a free row, and with it those after it that have the
+            # same prompt, which is read once. The next prompt has a step of its own, so that a first
+            # token does not wait until other prompts are read.
+            prompt = self._waiting[0][1].prompt
+            while (
+                self._waiting
+                and len(self._running) < self.slots
+                and self._waiting[0][1].prompt == prompt
+            ):
+                number, request = self._waiting.popleft()
+                self._batch.start(request.prompt.ids, request.sampling.max_new_tokens)
+                self._running.append(Text(number, request, self))
+            new = range(n_running, len(self._running))
         else:
             # Decode: read the token that each text got last.
             if n_running:
                 self._batch.decode([text.last_id for text in self._running])
             new = range(n_running)
         # A tool's next token, or sample: texts with the same settings together.
-        groups: dict[tuple[SamplingConfig, int | None], list[int]] = {}
+        groups: dict[tuple[Any, ...], list[int]] = {}
         for row in new:
             text = self._running[row]
             if text.tool is not None and text.tool.has_token:

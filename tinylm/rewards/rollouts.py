@@ -1,10 +1,11 @@
 """Rollouts: answers of a model to prompts, sampled in groups.
 
     prompts, seeds ─▶ `sample_rollouts`: n answers to each
-                   ─▶ `pad_rollouts`: ids and labels (B, T)
+                   ─▶ `batches_by_length`: ids and labels (B, T)
     an answer, with or without its reward ─▶ `rollout_row`: a line of rollouts.jsonl
 
-An answer is a function of (weights, prompt, seed, its number): not of the answers beside it.
+An answer is drawn with the random numbers of (seed, its number). The answers beside it change only
+how its logits are rounded.
 """
 
 import hashlib
@@ -60,7 +61,7 @@ def sample_rollouts(
     """`n` answers to each prompt, in the order of the prompts.
 
     Args:
-        engine: deterministic, with the model in eval mode.
+        engine: new, so that equal calls give equal answers; with the model in eval mode.
         prompts: the prompts.
         seeds: one for each prompt.
         n: answers to each.
@@ -89,6 +90,26 @@ def answer_seed(seed: int, which: str, step: int, place: int) -> int:
     """The seed of the answers to the prompt at a place of the training order, at a step."""
     digest = hashlib.sha256(f"{seed} {which} {step} {place}".encode()).digest()
     return int.from_bytes(digest[:4], "little") % 2**31
+
+
+def batches_by_length(
+    rollouts: Sequence[Rollout],
+    values: dict[str, Tensor],
+    batch_size: int,
+    pad_id: int,
+    seq_len: int,
+) -> list[dict[str, Tensor]]:
+    """`pad_rollouts` of `batch_size` answers at a time, with their part of each of `values` (N,).
+
+    Answers of about the same length are trained together, so that few of their tokens are padding.
+    The gradient of a step is the sum over all of its answers, in whatever order.
+    """
+    lengths = torch.tensor([len(rollout.example.ids) for rollout in rollouts])  # (N,)
+    batches = []
+    for numbers in lengths.argsort(stable=True).split(batch_size):
+        batch = pad_rollouts([rollouts[number] for number in numbers], pad_id, seq_len)
+        batches.append(batch | {name: value[numbers].float() for name, value in values.items()})
+    return batches
 
 
 def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, seq_len: int) -> dict[str, Tensor]:

@@ -69,6 +69,7 @@ class HFTokenizer(Tokenizer):
         self._in_text = [token for token in added.values() if not token.special]
         description = json.loads(self._json)
         self._byte_level = (description["decoder"] or {}).get("type") == "ByteLevel"
+        self._bytes_of: dict[int, bytes] = {}  # of the tokens that were decoded
         # Text may be encoded to the unknown token, but never to eos or pad, even if one of them is
         # the unknown token.
         forbidden = set(self.special_names) - {_unknown_id(backend, description["model"])}
@@ -98,8 +99,11 @@ class HFTokenizer(Tokenizer):
         if self._byte_level and id in self._added:
             return self._added[id].encode()
         if self._byte_level:
-            token = self._backend.id_to_token(id)
-            return b"".join(BYTE_OF_CHARACTER.get(c) or c.encode() for c in token)
+            if id not in self._bytes_of:
+                token = self._backend.id_to_token(id)
+                parts = [BYTE_OF_CHARACTER.get(c) or c.encode() for c in token]
+                self._bytes_of[id] = b"".join(parts)
+            return self._bytes_of[id]
         # The text that the token adds after itself: at the start of a text some decoders drop its
         # space.
         once = self._backend.decode([id])

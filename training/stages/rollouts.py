@@ -5,8 +5,8 @@ restored.
                        ─▶ `Rollouts.write`:  a line of rollouts.jsonl for each
                        ─▶ `Rollouts.keep`:   micro-batches (B, T), which a checkpoint contains (GRPO)
 
-What is sampled is a function of (weights, seed, step, prompt, number of the answer), so that a
-resumed run samples the same answers. Which prompts are answered, and what is learned from an answer,
+What is sampled is a function of (weights, seed, step, prompts), to the last bit, so that a resumed
+run samples the same answers. Which prompts are answered, and what is learned from an answer,
 is decided by the stage.
 """
 
@@ -24,7 +24,7 @@ from tinylm.rewards.answer import Answer
 from tinylm.rewards.rollouts import (
     Rollout,
     answer_seed,
-    pad_rollouts,
+    batches_by_length,
     rollout_row,
     sample_rollouts,
 )
@@ -83,13 +83,7 @@ class Rollouts:
         """
         seed = self.config.training.seed
         # A new one each time: a kept one would not notice the steps of a fused AdamW (docs/LOG.md).
-        engine = Engine(
-            model,
-            self.tokenizer,
-            slots=self.slots,
-            deterministic=True,
-            tools=self.config.data.tools,
-        )
+        engine = Engine(model, self.tokenizer, slots=self.slots, tools=self.config.data.tools)
         was_training = model.training
         model.eval()
         # In the precision of the weights: the engine's kernels know no autocast. Matrices in nf4
@@ -120,13 +114,9 @@ class Rollouts:
         `values` (N,) in fp32. They are kept until others are.
         """
         training = self.config.training
-        size = training.micro_batch_size
-        self.kept = []
-        for start in range(0, len(rollouts), size):
-            some = rollouts[start : start + size]
-            part = pad_rollouts(some, self.tokenizer.pad_id, training.seq_len)
-            part |= {name: value[start : start + size].float() for name, value in values.items()}
-            self.kept.append({name: value.to(device) for name, value in part.items()})
+        sizes = training.micro_batch_size, self.tokenizer.pad_id, training.seq_len
+        parts = batches_by_length(rollouts, values, *sizes)
+        self.kept = [{name: value.to(device) for name, value in part.items()} for part in parts]
         return self.kept
 
 

@@ -177,7 +177,6 @@ def test_another_teacher_or_setting_has_a_file_of_its_own(
     assert len(caches(folder)) == 5
 
 
-@pytest.mark.slow
 def test_the_student_comes_near_its_teacher(distill: Make, home: Path, tmp_path: Path) -> None:  # noqa: F811
     """A new student of half the width learns only from the teacher (weight 1): the divergence on
     training rows falls.

@@ -140,7 +140,6 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     assert " dpo " in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_first_step_costs_ln_2_and_has_no_margin(prefer: Make, tmp_path: Path) -> None:
     """Without dropout the policy is its reference: h = 0, so -ln s(0) = 0.693147; both rewards are
     0. Then they part.

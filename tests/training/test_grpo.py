@@ -112,7 +112,6 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     assert " grpo " in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_metrics_are_means_over_the_answers_in_rollouts(reward: Make, tmp_path: Path) -> None:
     """metrics.csv against rollouts.jsonl: reward, length, truncated, groups without signal."""
     assert run(reward()) == 0

@@ -146,8 +146,9 @@ def answerer(
         raise error.within("verifier.sampled_from") from None
 
     def with_answers(found: list[Problem]) -> list[Problem]:
+        n_asked = sum(problem.is_right for problem in found)
         logger.info(
-            f"answers: {verifier.n_sampled} by {verifier.sampled_from} to each of {len(found):,} "
+            f"answers: {verifier.n_sampled} by {verifier.sampled_from} to each of {n_asked:,} "
             f"problems, cached in {folder}"
         )
         return add_sampled_answers(

@@ -6,11 +6,11 @@ its time.
     python benchmarks/rl.py --model checkpoints/arithmetic/sft/final.ckpt \\
         --rows data/arithmetic/questions.jsonl --prompts 16 --new-tokens 120
 
-Both train the same weights: a decoder of ours, and its export, a Llama. Both sample 8 answers to each
-prompt in every optimizer step and score them with a function that counts characters. Without --model
-the weights are random, so that nearly every answer has --new-tokens tokens; a trained model ends its
-answers, some early, some late. Whole runs alternate in one process; the first step of a run, which
-also makes caches, is not counted. Shares are of the median step: sampling, scoring, and the rest,
+Both train the same weights: a decoder of ours, and its export, a Llama. Both sample 8 answers to
+each prompt in every optimizer step and score them with a function that counts characters. Without
+--model the weights are random, so that nearly every answer has --new-tokens tokens; a trained model
+ends its answers, some early, some late. Whole runs alternate in one process; the first step of a
+run, which also makes caches, is not counted. Shares are of the median step: sampling, scoring, and the rest,
 which is training. A step is also measured in processor seconds of this process, which other work on
 the machine changes less than its duration.
 """
@@ -77,7 +77,7 @@ class Clock:
 
 
 class Base(NamedTuple):
-    """What both programs train, and on what."""
+    """The model that both programs begin with, and their prompts."""
 
     checkpoint: Path
     llama: Path
@@ -90,17 +90,20 @@ class Base(NamedTuple):
 
 def base_of(folder: Path, args: argparse.Namespace) -> Base:
     """The model of --model, or a random one, with its export and its prompts."""
-    checkpoint, rows, data = args.model, args.rows, DataConfig(template="plain")
-    if checkpoint is None:
+    if args.model is None:
         checkpoint, rows = random_base(folder, args)
+        data = DataConfig(dataset=str(rows), template="plain")
     else:
-        data = DataConfig()
-    data = data.model_copy(update={"dataset": str(rows)})
+        checkpoint, rows = args.model, args.rows
+        data = DataConfig(dataset=str(rows))
     export_hf(checkpoint, folder / "llama")
     tokenizer = load_model(checkpoint).tokenizer
     template = make_template(data.template, tokenizer)
-    found, _ = build_prompts(data, "train", 1, template, tokenizer, MAX_LEN)
+    max_len = MAX_LEN - args.new_tokens
+    found, _ = build_prompts(data, "train", 1, template, tokenizer, max_len)
     prompts = [tokenizer.decode(prompt.ids.tolist()) for prompt in found]
+    for prompt, text in zip(found, prompts, strict=True):
+        assert tokenizer.encode(text) == prompt.ids.tolist(), "trl would read another prompt"
     return Base(checkpoint, folder / "llama", rows, data.template, prompts)
 
 
@@ -225,6 +228,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="a checkpoint; default: a random decoder")
     parser.add_argument("--rows", type=Path, help="with --model: rows with prompts")
     args = parser.parse_args(argv)
+    if (args.model is None) != (args.rows is None):
+        parser.error("--model and --rows go together")
+    if args.prompts * GROUP % args.parts:
+        parser.error(f"--parts must divide the {args.prompts * GROUP} answers of a step")
     torch.set_num_threads(args.threads)
     rows: dict[str, list[dict[str, float]]] = {"this project": [], "trl": []}
     ratios: dict[str, list[float]] = {"whole": [], "processor": []}

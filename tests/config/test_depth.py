@@ -130,6 +130,7 @@ def test_a_recipe_chooses_the_optimizer_and_the_rules_its_rates(load):
     Path("r.yaml").write_text("recipe: research\nmodel: {depth: 8}\n", encoding="utf-8")
     training = load_config("r.yaml").training
     assert (training.optimizer, training.lr, training.weight_decay) == ("muon", 3e-3, 0.025)
+    assert (training.muon_lr, training.momentum, training.betas) == (0.02, 0.9, (0.8, 0.95))
     assert (training.embedding_lr, training.head_lr, training.decay_ratio) == (0.1, 0.005, 0.65)
     assert load_config("r.yaml", ["training.head_lr=0.02"]).training.head_lr == 0.02
     # no rule: the default, not the value of the recipe

@@ -245,7 +245,7 @@ def test_a_canceled_text_frees_its_slot_at_once():
 
 
 def test_a_first_token_does_not_wait_for_the_prompts_of_other_texts():
-    """Each waiting text is read in a step of its own, which gives its first token; then, or when no
+    """Each waiting prompt is read in a step of its own, which gives its first token; then, or when no
     slot is free, a step gives a token of every running text.
     """
     engine = Engine(make_model(), BYTES, slots=2)
@@ -260,16 +260,42 @@ def test_a_first_token_does_not_wait_for_the_prompts_of_other_texts():
     assert steps == [[one], [other], [one, other], [third], [one, third]]
 
 
-def test_texts_with_one_prompt_begin_in_one_step_as_far_as_there_are_slots():
-    engine = Engine(make_model(), BYTES, slots=3)
-    request = Request(engine.encode_prompt("abc"), SamplingConfig(max_new_tokens=2))
-    other = Request(engine.encode_prompt("xyz"), SamplingConfig(max_new_tokens=2))
-    for asked in (request, request, other, request):
-        engine.add(asked)
+def test_texts_with_one_prompt_begin_in_one_step_as_far_as_there_are_slots(monkeypatch):
+    """The prompt is read once, also for the text that waits for a slot."""
+    model = make_model()
+    engine, read = Engine(model, BYTES, slots=3), ids_read(model, monkeypatch)
+    for text in ("abc", "abc", "abc", "abc", "xyz"):
+        engine.add(Request(engine.encode_prompt(text), SamplingConfig(max_new_tokens=2)))
     steps = []
     while engine.is_busy:
         steps.append([event.number for event in engine.step()])
-    assert steps == [[1, 2], [3], [1, 2, 3], [4], [4]]
+    assert steps == [[1, 2, 3], [1, 2, 3], [4], [5], [4, 5]]
+    assert [shape for shape in read if shape[1] > 1] == [(1, 3), (1, 3)]
+
+
+def test_an_error_in_a_text_that_begins_leaves_those_that_began_before_it(monkeypatch):
+    """Three texts with one prompt, of which the second one cannot begin."""
+    engine = Engine(make_model(), BYTES, slots=3)
+    request = Request(engine.encode_prompt("abc"), SamplingConfig(max_new_tokens=2, seed=5))
+    alone = [output.token_id for output in next(engine.run([request]))]
+    start, calls = decoding.DecodingBatch.start, []
+
+    def start_or_fail(self, *args):
+        calls.append(args)
+        if len(calls) in (2, 3):
+            raise MemoryError
+        return start(self, *args)
+
+    monkeypatch.setattr(decoding.DecodingBatch, "start", start_or_fail)
+    numbers = [engine.add(request) for _ in range(3)]
+    found = [(event.number, event.output.token_id) for event in engine.step()]
+    with pytest.raises(MemoryError):
+        engine.step()
+    while engine.is_busy:
+        found += [(event.number, event.output.token_id) for event in engine.step()]
+    first, third = ([token for n, token in found if n == number] for number in numbers[::2])
+    assert first == third == alone
+    assert len(found) == 4
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_it_waits():

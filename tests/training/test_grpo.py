@@ -164,7 +164,9 @@ def test_a_truncated_answer_is_masked_or_costs(reward: Make, tmp_path: Path) -> 
 def test_answers_do_not_depend_on_how_many_are_sampled_at_once(
     reward: Make, tmp_path: Path
 ) -> None:
-    """The text of an answer is a function of weights, prompt, seed and number; 4 slots or 5."""
+    """Up to rounding, which decides no token here, the text of an answer is a function of weights,
+    prompt, seed and number; 4 slots or 5.
+    """
     for slots in (4, 5):
         config = reward(grpo={"slots": slots}, training={"max_steps": 1})
         assert run(config, *elsewhere(tmp_path / str(slots))) == 0
@@ -179,7 +181,8 @@ def test_answers_of_about_the_same_length_are_trained_together() -> None:
     for n in (20, 3, 30, 4):
         ids, answer = (n,) * n, Answer("2+2=", "", "4", "rows.jsonl:1", n, truncated=False)
         answers.append(Rollout(prompt, ids, (False,) * n, answer))
-    kept = batches_by_length(answers, {"reward": torch.tensor([2.0, 0.5, 3.0, 4.0])}, 2, 0, 64)
+    rewards = {"reward": torch.tensor([2.0, 0.5, 3.0, 4.0])}
+    kept = batches_by_length(answers, rewards, batch_size=2, pad_id=0, seq_len=64)
     assert [part["input_ids"].shape for part in kept] == [(2, 8), (2, 40)]
     assert [part["reward"].tolist() for part in kept] == [[0.5, 4.0], [2.0, 3.0]]
     firsts = [part["labels"][:, 4].tolist() for part in kept]  # the first token of each answer
@@ -234,13 +237,17 @@ def test_a_run_that_ended_inside_a_step_resumes_to_the_last_bit(
 def test_killed_again_and_again_a_run_is_equal_to_the_last_bit(
     name: str, reward: Make, tmp_path: Path
 ) -> None:
-    """kill -9 in the first micro-batch, between two steps on the same answers, and inside them."""
-    config = reward(**RUNS[name], training={"max_steps": 9, "save_every_steps": 1})
+    """kill -9 in the first micro-batch, between two steps on the same answers, and inside them; some
+    answers end early, so that others are generated without them.
+    """
+    sections = RUNS[name] | {"grpo": RUNS[name]["grpo"] | {"max_new_tokens": 20}}
+    config = reward(**sections, training={"max_steps": 9, "save_every_steps": 1})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     for micro_batch in (1, 5, 7, 4):
         kill_in(GRPOModule, micro_batch, config)
     assert run(config) == 0
     assert_same(tmp_path / "calm", tmp_path)
+    assert len({line["tokens"] for line in rollouts(tmp_path)}) > 1
 
 
 @pytest.mark.slow

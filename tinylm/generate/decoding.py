@@ -84,7 +84,7 @@ class DecodingBatch:
         self.vocab_size, self.limit = vocab_size, model.config.max_seq_len
         self.rows = [Row() for _ in range(slots)]
         self.n_active = 0
-        # The cache grows to what the texts need; fixed shapes need all of it.
+        # The cache grows with the texts; fixed shapes need all of it.
         self._n_reserved = slots if deterministic else 1
         self.cache = model.new_cache(self._n_reserved, self.limit if deterministic else 1)
         self.logits = torch.zeros(slots, vocab_size, device=model.embedding.weight.device)

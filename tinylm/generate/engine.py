@@ -9,7 +9,7 @@ random numbers and end, and texts join and leave at any step.
     engine.add(Request(engine.encode_prompt("Once"), SamplingConfig(seed=1)))  # the number 1
     engine.add(Request(engine.encode_prompt("Yesterday"), SamplingConfig(seed=2)))  # the number 2
     while engine.is_busy:
-        for event in engine.step():  # a text's first token, or the next one of each text
+        for event in engine.step():  # the first token of a prompt's texts, or the next of each text
             print(event.number, event.output.text, event.output.finish_reason)
 
 A server calls `add`, `step` and `cancel`; everyone else one of the methods around them: `run` and
@@ -207,8 +207,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """The first token of the texts with the next prompt that was waiting; if none can begin, the
-        next token of each running text, in the order in which they began.
+        """Begin the waiting texts that have the next prompt, and return their first tokens; if none
+        can begin, the next token of each running text, in the order in which they began.
         """
         events, self._undelivered = self._undelivered, []
         if self._batch is None:
@@ -220,18 +220,7 @@ class Engine:
             )
         n_running = len(self._running)
         if self._waiting and n_running < self.slots:
-            # Prefill: one waiting text takes a free row, and with it those after it that have the
-            # same prompt, which is read once. The next prompt has a step of its own, so that a first
-            # token does not wait until other prompts are read.
-            prompt = self._waiting[0][1].prompt
-            while (
-                self._waiting
-                and len(self._running) < self.slots
-                and self._waiting[0][1].prompt == prompt
-            ):
-                number, request = self._waiting.popleft()
-                self._batch.start(request.prompt.ids, request.sampling.max_new_tokens)
-                self._running.append(Text(number, request, self))
+            self._begin_next_prompt()
             new = range(n_running, len(self._running))
         else:
             # Decode: read the token that each text got last.
@@ -251,6 +240,28 @@ class Engine:
         # Free the rows of the texts that ended.
         self._finish({event.number for event in events if event.ends})
         return sorted(events, key=lambda event: event.number)
+
+    def _begin_next_prompt(self) -> None:
+        """Prefill: the first waiting text takes a free row, and so do those after it that have the
+        same prompt, which is read once. The next prompt has a step of its own, so that a first token
+        does not wait until other prompts are read.
+        """
+        prompt, n_running = self._waiting[0][1].prompt, len(self._running)
+        while self._waiting and self._waiting[0][1].prompt == prompt:
+            if len(self._running) == self.slots:
+                return
+            number, request = self._waiting.popleft()
+            try:
+                text = Text(number, request, self)
+                self._batch.start(prompt.ids, request.sampling.max_new_tokens)
+            except Exception:
+                if len(self._running) == n_running:
+                    raise
+                # The texts before it have begun: they get their first token now, and the next step
+                # raises the error.
+                self._waiting.appendleft((number, request))
+                return
+            self._running.append(text)
 
     def _sample(self, rows: list[int]) -> list[Event]:
         """The next token of texts with the same settings."""

@@ -95,6 +95,7 @@ def answer_seed(seed: int, which: str, step: int, place: int) -> int:
 def batches_by_length(
     rollouts: Sequence[Rollout],
     values: dict[str, Tensor],
+    *,
     batch_size: int,
     pad_id: int,
     seq_len: int,
@@ -102,7 +103,8 @@ def batches_by_length(
     """`pad_rollouts` of `batch_size` answers at a time, with their part of each of `values` (N,).
 
     Answers of about the same length are trained together, so that few of their tokens are padding.
-    The gradient of a step is the sum over all of its answers, in whatever order.
+    The gradient of a step is the sum over all of its answers, in whatever order; but a mixture of
+    experts is balanced within each batch.
     """
     lengths = torch.tensor([len(rollout.example.ids) for rollout in rollouts])  # (N,)
     batches = []

@@ -5,8 +5,8 @@ restored.
                        ─▶ `Rollouts.write`:  a line of rollouts.jsonl for each
                        ─▶ `Rollouts.keep`:   micro-batches (B, T), which a checkpoint contains (GRPO)
 
-What is sampled is a function of (weights, seed, step, prompts), to the last bit, so that a resumed
-run samples the same answers. Which prompts are answered, and what is learned from an answer,
+What is sampled is a function of (weights, seed, step, prompts, slots, threads), to the last bit, so
+that a resumed run samples the same answers. Which prompts are answered, and what is learned from an answer,
 is decided by the stage.
 """
 
@@ -82,7 +82,8 @@ class Rollouts:
         numbers depend on the prompts' `places`.
         """
         seed = self.config.training.seed
-        # A new one each time: a kept one would not notice the steps of a fused AdamW (docs/LOG.md).
+        # A new one each time: what an engine generated before changes the rounding, and a kept one
+        # would not notice the steps of a fused AdamW (docs/LOG.md).
         engine = Engine(model, self.tokenizer, slots=self.slots, tools=self.config.data.tools)
         was_training = model.training
         model.eval()
@@ -113,9 +114,13 @@ class Rollouts:
         """The answers as micro-batches: `input_ids` and `labels` (B, T), and their part of each of
         `values` (N,) in fp32. They are kept until others are.
         """
-        training = self.config.training
-        sizes = training.micro_batch_size, self.tokenizer.pad_id, training.seq_len
-        parts = batches_by_length(rollouts, values, *sizes)
+        parts = batches_by_length(
+            rollouts,
+            values,
+            batch_size=self.config.training.micro_batch_size,
+            pad_id=self.tokenizer.pad_id,
+            seq_len=self.config.training.seq_len,
+        )
         self.kept = [{name: value.to(device) for name, value in part.items()} for part in parts]
         return self.kept
 

@@ -357,7 +357,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "betas": (0.8, 0.95),
             "lr": 3e-3,
             "embedding_lr": 0.3,
-            "head_lr": 0.01,
+            "head_lr": 0.005,
             "schedule": "wsd",
             "decay_ratio": 0.65,
             "weight_decay": 0.0,

@@ -126,12 +126,12 @@ def test_a_written_value_replaces_its_rule_and_counts_in_the_others(load, overri
 
 
 def test_a_recipe_chooses_the_optimizer_and_the_rules_its_rates(load):
-    """Its own head_lr, 0.005, is for one width; 0.01 · 128 / 128 here. What is written stays."""
-    Path("r.yaml").write_text("recipe: research\nmodel: {depth: 4}\n", encoding="utf-8")
+    """Its own head_lr, 0.01, is for one width; 128 / 256 here. What is written stays."""
+    Path("r.yaml").write_text("recipe: research\nmodel: {depth: 8}\n", encoding="utf-8")
     training = load_config("r.yaml").training
-    assert (training.optimizer, training.lr, training.weight_decay) == ("muon", 3e-3, 0.1)
-    assert (training.muon_lr, training.momentum, training.betas) == (0.02, 0.9, (0.8, 0.95))
-    assert (training.embedding_lr, training.head_lr, training.decay_ratio) == (0.1, 0.01, 0.65)
+    assert (training.optimizer, training.lr, training.weight_decay) == ("muon", 3e-3, 0.025)
+    assert (training.muon_lr, training.momentum, training.betas) == (0.02, 0.85, (0.7, 0.95))
+    assert (training.embedding_lr, training.head_lr, training.decay_ratio) == (0.1, 0.005, 0.65)
     assert load_config("r.yaml", ["training.head_lr=0.02"]).training.head_lr == 0.02
     # no rule: the default, not the value of the recipe
     tied = load_config("r.yaml", ["model.tie_embeddings=true"]).training

@@ -5,7 +5,8 @@
     python benchmarks/train.py --modes bf16 bf16-compiled --rounds 20 --json speed.json
 
 A step is forward, backward, clipping, AdamW and zero_grad on random token ids. This project
-runs it with its own trainer, module and loss; the others run a plain loop with their usual loss.
+runs it with its own trainer, module and loss, and also with Muon as in `recipe: research`; the
+others run a plain loop with their usual loss.
 
 Each implementation has its own process. They take turns of a few steps, round after round, so noise
 of the machine affects all of them. Values are medians over rounds. The ratio is this project's time
@@ -31,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,8 +185,14 @@ class RandomRows:
         }
 
 
-def run_tinylm(counter: StepCounter, shape: Shape, mode: Mode, threads: int | None) -> None:
-    """This project: its trainer, module and loss; a callback counts the steps."""
+def run_tinylm(
+    counter: StepCounter, shape: Shape, mode: Mode, threads: int | None, **training: Any
+) -> None:
+    """This project: its trainer, module and loss; a callback counts the steps.
+
+    Args:
+        training: settings of the optimizer.
+    """
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
     from torch.utils.data import DataLoader
@@ -207,7 +215,10 @@ def run_tinylm(counter: StepCounter, shape: Shape, mode: Mode, threads: int | No
             d_ff=shape.d_ff,
         ),
         training=TrainingConfig(
-            seq_len=shape.seq_len, micro_batch_size=shape.batch_size, schedule="constant"
+            seq_len=shape.seq_len,
+            micro_batch_size=shape.batch_size,
+            schedule="constant",
+            **training,
         ),
         hardware=HardwareConfig(
             accelerator="cpu", precision="bf16" if mode.bf16 else "32", compile=mode.compiled
@@ -342,8 +353,11 @@ def run_gemm(counter: StepCounter, shape: Shape, mode: Mode, threads: int | None
         has_steps = counter.step_done()
 
 
-IMPLEMENTATIONS: dict[str, Callable[[StepCounter, Shape, Mode, int | None], None]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
     "tinylm": run_tinylm,
+    "tinylm, muon": partial(
+        run_tinylm, optimizer="muon", muon_per_head=True, muon_rounds="polar_express_3"
+    ),
     "transformers": run_transformers,
     "litgpt": run_litgpt,
     "gemm": run_gemm,
@@ -518,7 +532,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         args.rounds = args.steps = 1
     shape = QUICK if args.quick else Shape()
-    names = ["tinylm", *installed(["transformers", "litgpt"])]
+    names = ["tinylm", "tinylm, muon", *installed(["transformers", "litgpt"])]
     results = [result for mode in args.modes for result in compare(names, shape, mode, args)]
     if args.json is not None:
         numbers = {

@@ -152,6 +152,11 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(kind: str, tmp_pa
     targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
     config = PeftConfig(r=NF4.r, lora_alpha=NF4.alpha, target_modules=targets)
     other = get_peft_model(base, config).eval()
+    for layer in other.modules():
+        # On a CPU with bf16, bitsandbytes packs the weights for it: another precision, and an error
+        # in layers that are narrower than a block.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     with torch.no_grad():
         for name, weight in other.named_parameters():
             if ".lora_" in name:

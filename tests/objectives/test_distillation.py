@@ -125,9 +125,9 @@ def test_scores_of_targets_give_the_loss_of_features(
     """
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
     generator = torch.Generator().manual_seed(0)
-    hidden, theirs = (torch.randn(12, n, generator=generator) for n in (6, 9))
+    hidden, theirs = (torch.randn(12, n, generator=generator).double() for n in (6, 9))
     hidden.requires_grad_()
-    head, teacher = (head_of(torch.randn(11, n, generator=generator)) for n in (6, 9))
+    head, teacher = (head_of(torch.randn(11, n, generator=generator).double()) for n in (6, 9))
     labels = torch.randint(11, (12,), generator=generator)
     labels[2:5] = IGNORE_INDEX
     divergences = []

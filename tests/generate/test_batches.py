@@ -274,7 +274,7 @@ def test_texts_with_one_prompt_begin_in_one_step_as_far_as_there_are_slots(monke
 
 
 def test_an_error_in_a_text_that_begins_leaves_those_that_began_before_it(monkeypatch):
-    """Three texts with one prompt, of which the second one cannot begin."""
+    """Three texts with one prompt, of which the second one cannot begin and is lost."""
     engine = Engine(make_model(), BYTES, slots=3)
     request = Request(engine.encode_prompt("abc"), SamplingConfig(max_new_tokens=2, seed=5))
     alone = [output.token_id for output in next(engine.run([request]))]
@@ -282,15 +282,15 @@ def test_an_error_in_a_text_that_begins_leaves_those_that_began_before_it(monkey
 
     def start_or_fail(self, *args):
         calls.append(args)
-        if len(calls) in (2, 3):
+        if len(calls) == 2:
             raise MemoryError
         return start(self, *args)
 
     monkeypatch.setattr(decoding.DecodingBatch, "start", start_or_fail)
     numbers = [engine.add(request) for _ in range(3)]
-    found = [(event.number, event.output.token_id) for event in engine.step()]
     with pytest.raises(MemoryError):
         engine.step()
+    found = []
     while engine.is_busy:
         found += [(event.number, event.output.token_id) for event in engine.step()]
     first, third = ([token for n, token in found if n == number] for number in numbers[::2])

@@ -218,15 +218,13 @@ class Engine:
                 vocab_size=self.tokenizer.vocab_size,
                 deterministic=self.deterministic,
             )
-        n_running = len(self._running)
-        if self._waiting and n_running < self.slots:
+        if self._waiting and len(self._running) < self.slots:
             self._begin_next_prompt()
-            new = range(n_running, len(self._running))
-        else:
+        new: Sequence[int] = [row for row, text in enumerate(self._running) if text.n_new == 0]
+        if self._running and not new:
             # Decode: read the token that each text got last.
-            if n_running:
-                self._batch.decode([text.last_id for text in self._running])
-            new = range(n_running)
+            self._batch.decode([text.last_id for text in self._running])
+            new = range(len(self._running))
         # A tool's next token, or sample: texts with the same settings together.
         groups: dict[tuple[Any, ...], list[int]] = {}
         for row in new:
@@ -246,21 +244,13 @@ class Engine:
         same prompt, which is read once. The next prompt has a step of its own, so that a first token
         does not wait until other prompts are read.
         """
-        prompt, n_running = self._waiting[0][1].prompt, len(self._running)
+        prompt = self._waiting[0][1].prompt
         while self._waiting and self._waiting[0][1].prompt == prompt:
             if len(self._running) == self.slots:
                 return
             number, request = self._waiting.popleft()
-            try:
-                text = Text(number, request, self)
-                self._batch.start(prompt.ids, request.sampling.max_new_tokens)
-            except Exception:
-                if len(self._running) == n_running:
-                    raise
-                # The texts before it have begun: they get their first token now, and the next step
-                # raises the error.
-                self._waiting.appendleft((number, request))
-                return
+            text = Text(number, request, self)
+            self._batch.start(prompt.ids, request.sampling.max_new_tokens)
             self._running.append(text)
 
     def _sample(self, rows: list[int]) -> list[Event]:

@@ -85,8 +85,7 @@ class DecodingBatch:
         self.rows = [Row() for _ in range(slots)]
         self.n_active = 0
         # The cache grows with the texts; fixed shapes need all of it.
-        self._n_reserved = slots if deterministic else 1
-        self.cache = model.new_cache(self._n_reserved, self.limit if deterministic else 1)
+        self.cache = model.new_cache(*((slots, self.limit) if deterministic else (1, 1)))
         self.logits = torch.zeros(slots, vocab_size, device=model.embedding.weight.device)
         self._one_by_one = deterministic and not model.has_independent_rows
         self._clock = itertools.count()
@@ -125,9 +124,10 @@ class DecodingBatch:
         free = min(range(row, self.slots), key=lambda number: self.rows[number].last_use)
         if source >= row and 2 * n_common >= len(self.rows[source].cached):
             free = source
-        if free >= self._n_reserved:  # a cache that grows is copied, so it doubles
-            self._n_reserved = max(free + 1, min(self.slots, 2 * self._n_reserved))
-        self.cache.reserve(self._n_reserved, min(self.limit, len(ids) + max_new_tokens))
+        n_rows = len(self.cache.lengths)
+        if free >= n_rows:  # a cache that grows is copied, so it doubles
+            n_rows = max(free + 1, min(self.slots, 2 * n_rows))
+        self.cache.reserve(n_rows, min(self.limit, len(ids) + max_new_tokens))
         self._swap(free, row)
         source = {free: row, row: free}.get(source, source)
         self.cache.copy_row(source, row, n_common)

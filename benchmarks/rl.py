@@ -10,9 +10,9 @@ Both train the same weights: a decoder of ours, and its export, a Llama. Both sa
 each prompt in every optimizer step and score them with a function that counts characters. Without
 --model the weights are random, so that nearly every answer has --new-tokens tokens; a trained model
 ends its answers, some early, some late. Whole runs alternate in one process; the first step of a
-run, which also makes caches, is not counted. Shares are of the median step: sampling, scoring, and the rest,
-which is training. A step is also measured in processor seconds of this process, which other work on
-the machine changes less than its duration.
+run, which also makes caches, is not counted. Shares are of the median step: sampling, scoring, and
+the rest, which is training. A step is also measured in processor seconds of this process, which
+other work on the machine changes less than its duration.
 """
 
 import argparse

@@ -6,8 +6,8 @@ restored.
                        ─▶ `Rollouts.keep`:   micro-batches (B, T), which a checkpoint contains (GRPO)
 
 What is sampled is a function of (weights, seed, step, prompts, slots, threads), to the last bit, so
-that a resumed run samples the same answers. Which prompts are answered, and what is learned from an answer,
-is decided by the stage.
+that a resumed run samples the same answers. Which prompts are answered, and what is learned from an
+answer, is decided by the stage.
 """
 
 from collections.abc import Sequence
